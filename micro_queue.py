@@ -63,6 +63,7 @@ import secrets
 import select
 import signal
 import socket
+import socketserver
 import struct
 import sys
 import threading
@@ -99,9 +100,10 @@ SKIPPED_BODY_BYTES = 64 * KIB    # an unread body up to this is skipped, beyond 
 LINGER_S = 2                     # how long a closing answer waits for the client to stop sending
 DRAIN_S = 5                      # how long a stop waits for requests under way
 RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
-REFUSING_THREADS = 32            # connections above the limit that are told so at one time
-WORKER_IDLE_S = 30               # a connection thread without work ends after this
-PAUSE_S = 0.1                    # without descriptors or threads: a pause, not a spin
+REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
+POLL_S = 1                       # how often idle connections are looked through
+POLL_EVENTS = 64                 # ready connections of one poll
+SPARE_THREADS = 8                # threads that are kept while they have nothing to do
 THREAD_STACK_BYTES = 512 * KIB   # the default of 8 MiB is address space for nothing
 
 log_event = logging.getLogger("micro_queue")
@@ -514,7 +516,7 @@ class Storage:
 class Log:
     """An append-only file of records, locked for as long as it is open.
 
-    Its owner calls all but `wait_durable` and `sync` under a lock of its own (the owner's
+    Its owner calls all but what stands under "durability" under a lock of its own (the owner's
     lock below). Invariants:
     1. `tail` is the end of the last whole record; nothing is ever written below it.
     2. `appends` and `durable` count appends and only grow; `durable <= appends`.
@@ -538,8 +540,9 @@ class Log:
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
         self._commit = threading.Lock()      # guards what follows, `durable`, `appends`, `fd`
-        self._leading = False                # a thread is in fdatasync
-        self._followers: Deque[Tuple[int, threading.Lock]] = collections.deque()
+        self._leading = False                # a thread syncs for those who wait
+        self._followers: List[Tuple[int, Callable[[Optional[LogFailed]], None]]] = []
+        self._syncing = 0                    # threads in fdatasync
         self._retired: List[int] = []        # replaced descriptors that a sync may still use
 
     # -- opening
@@ -793,41 +796,59 @@ class Log:
         failure = LogFailed(f"cannot {doing} {self.path}: {error.strerror}")
         with self._commit:
             self.failure = self.failure or failure
-            followers, self._followers = self._followers, collections.deque()
-        for _, turn in followers:
-            turn.release()
+            followers, self._followers = self._followers, []
+        for _, call in followers:
+            call(self.failure)
         raise failure from error
 
     # -- durability
 
-    def wait_durable(self, number: int) -> None:
-        """Block until append `number` is durable, as far as the `fsync` setting asks for it."""
-        if self.fsync == "always":
-            self.sync(number)
+    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None]) -> bool:
+        """Have `call(None)` made once append `number` is as durable as `fsync` asks for.
 
-    def sync(self, number: Optional[int] = None) -> None:
-        """Block until append `number` (default: all so far) is on disk; raises LogFailed.
-
-        Group commit: one thread syncs for all that wait. Who comes meanwhile sleeps until a
-        sync that began after its write has ended, or until it is its turn to lead the next.
+        Does not block; `call` is made at once, or by the thread that leads the sync, with the
+        failure if it fails. Returns whether it is the caller's turn to `lead`.
         """
-        number = self.appends if number is None else number
-        while True:
+        if self.fsync == "always":
             with self._commit:
                 if self.failure:
                     raise self.failure
-                if self.durable >= number:
-                    return
-                if not self._leading:
-                    self._leading, target, fd = True, self.appends, self.fd
-                    break
-                turn = threading.Lock()
-                turn.acquire()
-                self._followers.append((number, turn))
-            turn.acquire()
-        self._lead(target, fd)
+                if self.durable < number:
+                    self._followers.append((number, call))
+                    turn, self._leading = not self._leading, True
+                    return turn
+        call(None)
+        return False
 
-    def _lead(self, target: int, fd: int) -> None:
+    def lead(self) -> None:
+        """Sync until nobody waits: one sync for all whose writes ended before it began."""
+        waiting = True
+        while waiting:
+            self.sync()
+            with self._commit:
+                ready = [call for number, call in self._followers if number <= self.durable]
+                self._followers = [f for f in self._followers if f[0] > self.durable]
+                waiting = self._leading = bool(self._followers)
+            for call in ready:
+                call(None)
+
+    def wait_durable(self, number: int) -> None:
+        """Block until append `number` is durable; raises LogFailed."""
+        turn = threading.Lock()
+        turn.acquire()
+        if self.when_durable(number, lambda _: turn.release()):
+            self.lead()
+        turn.acquire()
+        if self.failure:
+            raise self.failure
+
+    def sync(self) -> None:
+        """Block until all appends so far are on disk; raises LogFailed."""
+        with self._commit:
+            if self.failure:
+                raise self.failure
+            target, fd = self.appends, self.fd
+            self._syncing += 1
         started = time.perf_counter()
         try:
             self.storage.fdatasync(fd)
@@ -837,15 +858,10 @@ class Log:
             self.syncs += 1
             self.sync_seconds += time.perf_counter() - started
             self.durable = max(self.durable, target)
-            self._leading = False
-            awake = [turn for number, turn in self._followers if number <= self.durable]
-            waiting = [item for item in self._followers if item[0] > self.durable]
-            if waiting:
-                awake.append(waiting.pop(0)[1])      # leads the next sync
-            self._followers = collections.deque(waiting)
-            retired, self._retired = self._retired, []
-        for turn in awake:
-            turn.release()
+            self._syncing -= 1
+            retired: List[int] = []
+            if not self._syncing:
+                retired, self._retired = self._retired, retired
         for old in retired:
             self._close(old)
 
@@ -894,7 +910,7 @@ class Log:
             old, self.fd = self.fd, fresh.fd
             self.codec, self.tail, self.damaged = fresh.codec, fresh.tail, set()
             self.durable = self.appends
-            in_use = self._leading
+            in_use = self._syncing > 0
             if in_use:
                 self._retired.append(old)
         if not in_use:
@@ -1511,7 +1527,14 @@ class Queue:
             raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
 
     def put(self, payloads: Sequence[bytes], delay_s: int = 0) -> int:
-        """Append messages with one write and return the first one's id; durable on return.
+        """Append messages and return the first one's id; durable on return. Errors as `append`."""
+        first, number = self.append(payloads, delay_s)
+        self.log.wait_durable(number)
+        return first
+
+    def append(self, payloads: Sequence[bytes], delay_s: int = 0) -> Tuple[int, int]:
+        """Append messages with one write; return the first one's id and the log's number of
+        this append, to wait for.
 
         Raises ApiError 503 with nothing queued, LogFailed when that is not known.
         """
@@ -1523,9 +1546,7 @@ class Queue:
             for record, (offset, size) in zip(records, self.log.append(records)):
                 self.state.apply(record, offset, size)
             self.in_total += len(records)
-            number = self.log.appends
-        self.log.wait_durable(number)
-        return first
+            return first, self.log.appends
 
     def take(self, subscriber: str = FIFO) -> Optional[Delivery]:
         """Lease the oldest ready message; None if there is none. Does not wait for a disk."""
@@ -1621,9 +1642,8 @@ class Queue:
             with self.lock:
                 if self._unlogged:           # a bookmark is a function of the log alone
                     return
-                snapshot, number = self.state.snapshot(), self.log.appends
-                log_id = self._log_id()
-            self.log.sync(number)
+                snapshot, log_id = self.state.snapshot(), self._log_id()
+            self.log.sync()
             value = dict(snapshot.to_json(), log_id=log_id, clean=clean)
             data = json.dumps(dict(value, crc32=_checksum(value))).encode()
             try:
@@ -2051,12 +2071,14 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What to send. `delivery` is settled once it was sent, and put back if that failed."""
+    """What to send. `delivery` is settled once it was sent, and put back if that failed;
+    `append` (a log and the number of an append) must be durable before."""
 
     status: int = 200
     body: bytes = b""
     headers: bytes = b""
     delivery: Optional[Tuple[Queue, Delivery]] = None
+    append: Optional[Tuple[Log, int]] = None
 
 
 def malformed(what: str, status: int = 400) -> ApiError:
@@ -2192,6 +2214,7 @@ class Call(NamedTuple):
     queue: Optional[Queue]
     parameters: Mapping[str, str]
     read_body: Callable[[], bytes]
+    before_blocking: Callable[[], None]      # to be called before anything that waits
 
 
 class Action(NamedTuple):
@@ -2217,7 +2240,8 @@ def put(call: Call) -> Answer:
     payload = call.read_body()
     if not payload:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
-    return Answer(headers=b"Message-Id: %d\r\n" % queue.put((payload,)))
+    first, number = queue.append((payload,))
+    return Answer(headers=b"Message-Id: %d\r\n" % first, append=(queue.log, number))
 
 
 def take(call: Call) -> Answer:
@@ -2233,6 +2257,7 @@ def take(call: Call) -> Answer:
 
 
 def compact(call: Call) -> Answer:
+    call.before_blocking()
     call.server.broker.compact(_queue(call))
     return Answer()
 
@@ -2274,9 +2299,9 @@ ACTIONS: Mapping[str, Action] = {
 }
 
 
-def dispatch(server: Server, request: Request, client: str,
-             read_body: Callable[[], bytes]) -> Answer:
+def dispatch(handler: Handler, request: Request) -> Answer:
     """Check a request in the documented order and call its action. Raises ApiError."""
+    server = handler.server
     action = ACTIONS.get(request.action) if request.action is not None else None
     if action and bool(request.queue) != bool(action.permission):
         action = None
@@ -2284,7 +2309,7 @@ def dispatch(server: Server, request: Request, client: str,
         return describe(request, action)
     queue, parameters = None, {}             # type: Tuple[Optional[Queue], Mapping[str, str]]
     if action is None or action.permission:
-        queue = authorize(server, request, action, client)
+        queue = authorize(server, request, action, handler.client_address)
     assert action is not None                # authorize raised
     if request.method not in action.methods:
         raise ApiError(405, f"Use {' or '.join(action.methods)} here",
@@ -2295,7 +2320,8 @@ def dispatch(server: Server, request: Request, client: str,
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
     if request.length > server.config.settings.max_message_bytes:
         raise too_large(server)
-    return action.call(Call(server, request, queue, parameters, read_body))
+    return action.call(Call(server, request, queue, parameters, handler.read_body,
+                            handler.before_blocking))
 
 
 def describe(request: Request, action: Optional[Action]) -> Answer:
@@ -2322,7 +2348,8 @@ def too_large(server: Server) -> ApiError:
     return ApiError(413, f"The body is larger than max_message_bytes ({limit})")
 
 
-def authorize(server: Server, request: Request, action: Optional[Action], client: str) -> Queue:
+def authorize(server: Server, request: Request, action: Optional[Action],
+              client: Tuple[Any, ...]) -> Queue:
     """Return the queue that the request's token may use for this action."""
     if server.unready:
         raise ApiError(503, f"Not ready: {server.unready}")
@@ -2330,14 +2357,14 @@ def authorize(server: Server, request: Request, action: Optional[Action], client
     if token is None:
         reason = ("Unknown token" if request.token_digest else "Malformed Authorization header"
                   if request.has_authorization else "Missing Authorization header")
-        refused(logging.WARNING, "unauthorized", request, client, reason=reason)
+        log_request(logging.WARNING, "unauthorized", request, client, reason=reason)
         raise ApiError(401, f"{reason}; use 'Authorization: Bearer <token>'",
                        headers=b"WWW-Authenticate: Bearer\r\n")
     if action is None or request.queue is None:
         raise no_such_path()
     if not (token.admin or request.queue in getattr(token, action.permission, ())):
-        refused(logging.WARNING, "forbidden", request, client, token=token.name,
-                action=request.action, queue=request.queue)
+        log_request(logging.WARNING, "forbidden", request, client, token=token.name,
+                    action=request.action, queue=request.queue)
         raise ApiError(403, f"This token lacks the permission '{action.permission}' here; "
                             "the config's tokens grant it")
     queue = server.broker.queues.get(request.queue)
@@ -2346,9 +2373,11 @@ def authorize(server: Server, request: Request, action: Optional[Action], client
     return queue
 
 
-def refused(level: int, name: str, request: Request, client: str, **fields: object) -> None:
+def log_request(level: int, name: str, request: Request, client: Tuple[Any, ...],
+                **fields: object) -> None:
+    """Log an event of a request; the client is always the peer."""
     forwarded = {"forwarded": request.forwarded} if request.forwarded else {}
-    event(level, name, client=client, **forwarded, **fields)
+    event(level, name, client=f"{client[0]}:{client[1]}", **forwarded, **fields)
 
 
 def parse_parameters(query: str, action: Action) -> Mapping[str, str]:
@@ -2366,122 +2395,131 @@ def parse_parameters(query: str, action: Action) -> Mapping[str, str]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Reads with one recv and answers with one send where that suffices."""
+    """One connection. Reads with one recv and answers with one send where that suffices.
+
+    Between requests no thread belongs to it: the server calls `on_readable`. A method that is
+    about to wait calls `before_blocking` first. `busy` and `parked` are set and read by the
+    thread that serves the connection and, under its lock, by the server.
+    """
 
     server: Server
 
+    def __init__(self, request: socket.socket, client_address: Tuple[Any, ...],
+                 server: Server) -> None:
+        # Not the base's, which would serve the whole connection from here.
+        self.connection: socket.socket = request
+        self.client_address, self.server = client_address, server
+        self.busy = False                    # between a request's first byte and its answer
+        self.parked = False                  # the answer waits for a sync
+        self.polled = False                  # the server's poll looks at this connection
+        self.deadline = 0.0                  # when an idle or lingering connection is closed
+        self._lingering = False
+        self._data = b""                     # received, not yet used
+        self._arrival_deadline = 0.0         # of the request's head or next MiB; 0: not set
+        self._arrived = 0                    # bytes since it was set
+
     # -- the connection
 
-    def setup(self) -> None:
-        self.connection: socket.socket = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel keeps the time of an idle connection: no poll before each recv.
-        idle = struct.pack("ll", self.server.config.settings.idle_timeout, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, idle)
-        self.busy = False                    # between a request's first byte and its answer
-        self._data = b""                     # received, not yet used
-        self._deadline = 0.0                 # of the request's head or next MiB; 0: not set
-        self._received = 0                   # bytes since the deadline was set
-        self._lingers = False
-        self.server.handlers.add(self)
+    def on_readable(self) -> None:
+        """Serve what has arrived. Called by the server's polling thread."""
+        try:
+            data = self.connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif not self._lingering:
+            self.busy = True
+            self._data = data
+            self._serve()
 
-    def handle(self) -> None:
-        with contextlib.suppress(OSError):   # the client is gone: nobody to tell
-            while self._serve_one():
-                self.busy = False
-        self.busy = False
+    def _serve(self) -> None:
+        """Answer the requests that were received, then wait for more, or close."""
+        try:
+            while self._data:
+                if not self._serve_one():
+                    return                   # parked, lingering or closed
+        except OSError:                      # the client is gone: nobody to tell
+            self.close()
+            return
+        self.server.resume(self)
 
-    def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._lingers:
-                self._linger()
-        self.server.handlers.discard(self)
+    def close(self) -> None:
+        self.server.forget(self)
         self.connection.close()
 
-    def hang_up(self) -> None:
-        """Wake a thread that waits for the next request; called by another thread."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+    def refuse(self, error: ApiError) -> None:
+        """Answer before a request was read, and close."""
+        self.server.count(None, error.status)
+        try:
+            self._send(render_answer(error_answer(error), keep_alive=False, old=False,
+                                     head_only=False))
+            self._linger()
+        except OSError:
+            self.close()
 
     def _linger(self) -> None:
-        """Let the client read the answer before what it still sends resets the connection."""
+        """Close once the client has stopped sending, so that a reset does not overtake the
+        answer; what still comes is never looked at."""
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_S
-        while self._wait(select.POLLIN, deadline - time.monotonic()):
-            if not self.connection.recv(RECEIVE_BYTES):
-                break
+        self._lingering, self._data = True, b""
+        self.server.resume(self, LINGER_S)
+
+    def before_blocking(self) -> None:
+        """Let another thread serve the other connections while this one waits."""
+        self.server.step_down(self)
 
     # -- one request
 
     def _serve_one(self) -> bool:
-        """Answer one request; return whether to go on with the connection."""
+        """Answer one request; return whether the connection goes on in this thread."""
         request: Optional[Request] = None
-        self._unread = False
+        self._unread = close = False
         started = time.perf_counter() if self.server.debug else 0.0
         try:
             head = self._read_head()
-            if head is None:
-                return False
             parse = parse_cached if len(head) <= CACHED_HEAD_BYTES else parse_request
             self._current = request = parse(head)
             self._unread = request.has_body
-            answer = dispatch(self.server, request, self._client(), self._read_body)
-            close = False
+            answer = dispatch(self, request)
         except ApiError as error:
-            close = error.close
-            answer = Answer(error.status, error.message.encode() + b"\n", TEXT + error.headers)
+            close, answer = error.close, error_answer(error)
         except LogFailed as failure:
             self.server.storage_failed(failure)
-        return self._finish_one(request, answer, close, started)
+        reply = self._reply(request, answer, close, started)
+        if answer.append is None:
+            return reply.send(None)
+        log, number = answer.append
+        if self._data:                       # more requests came with this one: in order
+            self.before_blocking()
+            log.wait_durable(number)
+            return reply.send(None)
+        self.parked = True
+        if log.when_durable(number, reply.send_parked):
+            self.server.lead(log)
+        return False
 
-    def _finish_one(self, request: Optional[Request], answer: Answer, close: bool,
-                    started: float) -> bool:
-        skip = bool(request and self._unread and not request.chunked and not request.expects
-                    and request.length <= SKIPPED_BODY_BYTES)
-        close = (close or request is None or not request.keep_alive
-                 or (self._unread and not skip) or self.server.unready == DRAINING)
-        data = render_answer(answer, keep_alive=not close, old=bool(request and request.old),
+    def _reply(self, request: Optional[Request], answer: Answer, close: bool,
+               started: float) -> Reply:
+        skip = 0
+        if request and self._unread and not (request.chunked or request.expects):
+            skip = request.length if request.length <= SKIPPED_BODY_BYTES else 0
+        unread = self._unread and not skip
+        close = close or unread
+        keep_alive = bool(request and request.keep_alive and not close
+                          and self.server.unready != DRAINING)
+        data = render_answer(answer, keep_alive=keep_alive, old=bool(request and request.old),
                              head_only=bool(request and request.method == "HEAD"))
-        self.server.count(request.action if request else None, answer.status)
-        self._lingers = close
-        try:
-            self._send(data)
-        except OSError:
-            self._settle(answer, sent=False)
-            raise
-        self._settle(answer, sent=True)
-        if self.server.debug and request:
-            refused(logging.DEBUG, "request", request, self._client(), method=request.method,
-                    action=request.action, queue=request.queue, status=answer.status,
-                    bytes=len(answer.body), ms=round((time.perf_counter() - started) * 1e3, 3))
-        if skip and not close and request:
-            self._read_exactly(request.length)
-        return not close
-
-    def _settle(self, answer: Answer, *, sent: bool) -> None:
-        if answer.delivery:
-            queue, delivery = answer.delivery
-            try:
-                (queue.settle if sent else queue.retry)(delivery)
-            except LogFailed as failure:
-                self.server.storage_failed(failure)
-
-    def _client(self) -> str:
-        return f"{self.client_address[0]}:{self.client_address[1]}"
+        return Reply(self, request, answer, data, keep_alive, close, skip, started)
 
     # -- reading
 
-    def _read_head(self) -> Optional[bytes]:
-        """Return the next head without its empty line; None when the client is done."""
-        self._deadline = 0.0
-        data = self._data
-        if not data:
-            with contextlib.suppress(BlockingIOError):       # idle_timeout passed
-                data = self.connection.recv(RECEIVE_BYTES)
-            if not data:
-                return None
-        self.busy = True
-        checked = 0
+    def _read_head(self) -> bytes:
+        """Return the next head without its empty line."""
+        self._arrival_deadline = 0.0
+        data, checked = self._data, 0
         while True:
             start = 2 if data.startswith(b"\r\n") else 0     # RFC 9112, 2.2
             end = data.find(b"\r\n\r\n", max(start, checked - 3))
@@ -2498,27 +2536,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Receive more of a request that has begun. Raises ApiError 408, OSError."""
         timeout = self.server.config.settings.request_timeout
         now = time.monotonic()
-        if not self._deadline or self._received >= MIB:
-            self._deadline, self._received = now + timeout, 0
-        if not self._wait(select.POLLIN, self._deadline - now):
+        if not self._arrival_deadline or self._arrived >= MIB:
+            self._arrival_deadline, self._arrived = now + timeout, 0
+        if not self._wait(select.POLLIN, self._arrival_deadline - now):
             raise ApiError(408, f"The request did not arrive within {timeout} s", close=True)
         data = self.connection.recv(RECEIVE_BYTES)
         if not data:
             raise ConnectionResetError("closed within a request")
-        self._received += len(data)
+        self._arrived += len(data)
         return data
 
     def _wait(self, events: int, seconds: float) -> bool:
+        self.before_blocking()
         poll = select.poll()
         poll.register(self.connection, events)
         return bool(seconds > 0 and poll.poll(seconds * 1000))
 
-    def _read_body(self) -> bytes:
+    def read_body(self) -> bytes:
         """Read the request's body, after 100 Continue where the client waits for it."""
         request = self._current
         if request.expects and not self._data:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._deadline = 0.0
+        self._arrival_deadline = 0.0
         body = self._read_chunks() if request.chunked else self._read_exactly(request.length)
         self._unread = False
         return body
@@ -2581,7 +2620,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             rest = memoryview(data)[sent:]
             while rest:
                 if not self._wait(select.POLLOUT, self.server.config.settings.request_timeout):
-                    self._lingers = False
                     raise TimeoutError("the client does not take its answer")
                 rest = rest[self._send_some(rest):]
 
@@ -2592,29 +2630,78 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 0
 
 
-class Refusal(Handler):
-    """A connection above the limit: told so, and closed."""
+class Reply(NamedTuple):
+    """A rendered answer on its way, and what is to be done once it left."""
 
-    def handle(self) -> None:
-        self.server.count(None, 503)
-        error = ApiError(503, "Too many connections (max_connections); try again")
-        answer = Answer(503, error.message.encode() + b"\n", TEXT + error.headers)
-        self._lingers = True
-        with contextlib.suppress(OSError):
-            self._send(render_answer(answer, keep_alive=False, old=False, head_only=False))
+    handler: Handler
+    request: Optional[Request]
+    answer: Answer
+    data: bytes
+    keep_alive: bool
+    linger: bool                             # the client may still send what nobody reads
+    skip: int                                # bytes of an unread body
+    started: float
+
+    def send(self, failure: Optional[LogFailed]) -> bool:
+        """Send; return whether the connection goes on. Raises OSError."""
+        handler, server, delivery = self.handler, self.handler.server, self.answer.delivery
+        if failure:
+            server.storage_failed(failure)
+        sent = False
+        try:
+            handler._send(self.data)
+            sent = True
+        finally:
+            if delivery:
+                server.settle(*delivery, sent=sent)
+        server.count(self.request.action if self.request else None, self.answer.status)
+        if server.debug:
+            self._log()
+        if self.linger:
+            handler._linger()
+        elif not self.keep_alive:
+            handler.close()
+        elif self.skip:
+            handler._read_exactly(self.skip)
+        return self.keep_alive
+
+    def send_parked(self, failure: Optional[LogFailed]) -> None:
+        """Send from the thread that led the sync."""
+        try:
+            if self.send(failure):
+                self.handler.server.resume(self.handler)
+        except OSError:
+            self.handler.close()
+
+    def _log(self) -> None:
+        if self.request:
+            request = self.request
+            log_request(logging.DEBUG, "request", request, self.handler.client_address,
+                        method=request.method, action=request.action, queue=request.queue,
+                        status=self.answer.status, bytes=len(self.answer.body),
+                        ms=round((time.perf_counter() - self.started) * 1000, 3))
+
+
+def error_answer(error: ApiError) -> Answer:
+    return Answer(error.status, error.message.encode() + b"\n", TEXT + error.headers)
 
 
 # ---- Server -------------------------------------------------------------------------------
-# Threads, limits and the end. A connection gets a thread that waited for one, or a new one.
+# Threads, limits and the end. One thread at a time polls all connections and serves those that
+# are ready; before it waits for anything else, it makes another thread the poller. So a
+# request that waits for nothing costs no switch of threads, and an idle connection no thread.
 
 DRAINING, RECOVERING = "draining", "recovering"
-Work = Tuple[socket.socket, Any, Type[Handler]]
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Listens from the start on; answers 503 until `unready` is None.
 
-    `_pool` guards the numbers of connections and idle threads, and the request counters.
+    1. Who holds `_polling` is the poller: its thread id is `_poller`.
+    2. A connection is served by one thread: by the poller while it is `polled`, or by a
+       thread that stepped down with it, or, while `parked`, by the thread that leads a sync.
+    `_pool` guards the sets of connections and threads, `polled` and `parked`, and the request
+    counters. It is never held while anything is waited for.
     """
 
     daemon_threads = True
@@ -2625,11 +2712,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.config, self.broker = config, broker
         self.unready: Optional[str] = RECOVERING
         self.debug = log_event.isEnabledFor(logging.DEBUG)
-        self.handlers: Set[Handler] = set()
+        self.handlers: Dict[int, Handler] = {}
         self.requests: Dict[Tuple[str, int], int] = collections.Counter()
         self._pool = threading.Lock()
-        self._work: queues.SimpleQueue[Work] = queues.SimpleQueue()
-        self._connections = self._idle = 0
+        self._polling = threading.Lock()
+        self._poller = 0
+        self._waiting = 0                    # threads that wait to be the poller
+        self._to_lead: List[Log] = []        # logs that the poller has to sync
+        self._stopped = threading.Event()
         self._max_connections = _raise_file_limit(settings.max_connections, len(broker.queues))
         if ":" in settings.listen_address:
             self.address_family = socket.AF_INET6
@@ -2639,70 +2729,187 @@ class Server(http.server.ThreadingHTTPServer):
             raise ConfigError(f"settings.listen_address: cannot listen on "
                               f"{settings.listen_address} port {settings.listen_port}: "
                               f"{error}") from None
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # is inherited
+        self._epoll = select.epoll()
+        self._epoll.register(self.socket, select.EPOLLIN)
 
     def server_bind(self) -> None:
         # Not HTTPServer's, which asks the resolver for a name that nobody reads.
-        http.server.HTTPServer.__mro__[1].server_bind(self)      # type: ignore[attr-defined]
+        socketserver.TCPServer.server_bind(self)
+
+    # -- threads
+
+    def serve_forever(self, poll_interval: float = POLL_S) -> None:
+        """Serve until `shutdown` is called."""
+        self._start_thread()
+        self._stopped.wait()
+
+    def shutdown(self) -> None:
+        """Have `serve_forever` return; connections are served until `server_close`."""
+        self._stopped.set()
+
+    def _start_thread(self) -> None:
+        with self._pool:
+            self._waiting += 1
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:
+            with self._pool:
+                self._waiting -= 1
+            raise
+
+    def _work(self) -> None:
+        """Be the poller when it is this thread's turn, until too many threads wait for it."""
+        while True:
+            self._polling.acquire()
+            with self._pool:
+                self._waiting -= 1
+                self._poller = threading.get_ident()
+            try:
+                self._poll()
+            except Exception:                # not for anything that a client or a disk can do
+                log_event.exception("serving_failed")
+            if self._is_poller():
+                self._release_polling()
+            with self._pool:
+                if self._waiting >= SPARE_THREADS:
+                    return
+                self._waiting += 1
+
+    def _is_poller(self) -> bool:
+        return self._poller == threading.get_ident()
+
+    def _release_polling(self) -> None:
+        self._poller = 0
+        self._polling.release()
+
+    def _poll(self) -> None:
+        """Serve what is ready until this thread is no longer the poller, or has to sync."""
+        next_sweep = time.monotonic() + POLL_S
+        listener = self.socket.fileno()
+        while not self._to_lead:
+            for fd, _ in self._epoll.poll(POLL_S, POLL_EVENTS):
+                if fd == listener:
+                    self._handle_request_noblock()
+                else:
+                    self._serve_connection(fd)
+                if not self._is_poller():
+                    return
+            if time.monotonic() >= next_sweep:
+                next_sweep = time.monotonic() + POLL_S
+                self._sweep()
+        logs, self._to_lead = self._to_lead, []
+        self.step_down(None)
+        for log in logs:
+            try:
+                log.lead()
+            except LogFailed as failure:
+                self.storage_failed(failure)
+
+    def step_down(self, handler: Optional[Handler]) -> None:
+        """Make another thread the poller, if this one is; `handler` stays with this thread.
+
+        Without a thread to be had this one stays the poller: all wait for what it waits for.
+        """
+        if not self._is_poller():
+            return
+        try:
+            if not self._waiting:
+                self._start_thread()
+        except RuntimeError as error:
+            event(logging.ERROR, "cannot_start_thread", error=error)
+            return
+        if handler:
+            with self._pool:
+                self._epoll.unregister(handler.connection)
+                handler.polled = False
+        self._release_polling()
+
+    def lead(self, log: Log) -> None:
+        """Sync a log for those who wait: the poller after it served what is ready."""
+        if self._is_poller():
+            self._to_lead.append(log)
+        else:
+            log.lead()
 
     # -- connections
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        try:
-            return self.socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._pause("cannot_accept", error)
-            raise                            # the caller goes on with the next
-
-    def _pause(self, what: str, error: Exception) -> None:
-        event(logging.ERROR, what, error=error)
-        time.sleep(PAUSE_S)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._pool:
-            self._connections += 1
-            above = self._connections - self._max_connections
-            idle = self._idle > 0 and above <= REFUSING_THREADS
-            self._idle -= idle
-        handler = Handler if above <= 0 else Refusal
-        if idle:
-            self._work.put((request, client_address, handler))
-        elif above > REFUSING_THREADS or not self._start((request, client_address, handler)):
-            request.close()
-            with self._pool:
-                self._connections -= 1
-
-    def _start(self, work: Work) -> bool:
-        try:
-            threading.Thread(target=self._serve, args=(work,), daemon=True).start()
-        except RuntimeError as error:        # no thread to be had
-            self._pause("cannot_start_thread", error)
-            return False
-        return True
-
-    def _serve(self, work: Optional[Work]) -> None:
-        while work:
-            request, client_address, handler = work
+    def _handle_request_noblock(self) -> None:
+        """Accept what is there to accept, up to a poll's worth."""
+        for _ in range(POLL_EVENTS):
             try:
-                handler(request, client_address, self)
-            except Exception:                # not for anything a client or a disk can do
-                log_event.exception("connection_failed client=%s", client_address[0])
-                request.close()
-            with self._pool:
-                self._connections -= 1
-                self._idle += 1
-            del request, work
-            work = self._next_work()
+                connection, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    event(logging.ERROR, "cannot_accept", error=error.strerror)
+                    self._epoll.modify(self.socket, 0)   # a pause, not a spin: see _sweep
+                return
+            self._add(Handler(connection, address, self))
 
-    def _next_work(self) -> Optional[Work]:
-        try:
-            return self._work.get(timeout=WORKER_IDLE_S)
-        except queues.Empty:
+    def _add(self, handler: Handler) -> None:
+        above = len(self.handlers) - self._max_connections + 1
+        if above > REFUSED_CONNECTIONS:
+            handler.connection.close()
+            return
+        with self._pool:
+            self.handlers[handler.connection.fileno()] = handler
+        if above > 0:
+            event(logging.WARNING, "too_many_connections", client=handler.client_address[0])
+            handler.refuse(ApiError(503, "Too many connections (max_connections); try again"))
+        else:
+            self.resume(handler)
+
+    def _serve_connection(self, fd: int) -> None:
+        handler = self.handlers.get(fd)
+        if handler is None:
+            return
+        if handler.parked:
             with self._pool:
-                if self._idle > 0:           # nobody counts on this thread
-                    self._idle -= 1
-                    return None
-        return self._work.get()
+                if handler.parked:           # what comes meanwhile is served afterwards
+                    self._epoll.unregister(fd)
+                    handler.polled = False
+                    return
+        try:
+            handler.on_readable()
+        except Exception:                    # not for anything that a client or a disk can do
+            log_event.exception("connection_failed client=%s", handler.client_address[0])
+            handler.close()
+
+    def resume(self, handler: Handler, seconds: Optional[float] = None) -> None:
+        """Look at a connection again, for `seconds`; by default for `idle_timeout`."""
+        if seconds is None:
+            seconds = self.config.settings.idle_timeout
+        with self._pool:
+            handler.deadline = time.monotonic() + seconds
+            handler.busy = handler.parked = False
+            if not handler.polled:
+                handler.polled = True
+                self._epoll.register(handler.connection, select.EPOLLIN)
+
+    def forget(self, handler: Handler) -> None:
+        """Before a connection's descriptor is closed, and may become another's."""
+        with self._pool:
+            self.handlers.pop(handler.connection.fileno(), None)
+
+    def settle(self, queue: Queue, delivery: Delivery, *, sent: bool) -> None:
+        """The answer with a delivery left, or did not."""
+        try:
+            (queue.settle if sent else queue.retry)(delivery)
+        except LogFailed as failure:
+            self.storage_failed(failure)
+
+    def _sweep(self) -> None:
+        """Close what was idle for too long; accept again after a pause."""
+        now = time.monotonic()
+        with self._pool:
+            late = [h for h in self.handlers.values() if not h.busy and h.deadline < now]
+        for handler in late:
+            handler.close()
+        if self.unready != DRAINING:
+            self._epoll.modify(self.socket, select.EPOLLIN)
 
     # -- numbers
 
@@ -2733,17 +2940,15 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self) -> None:
         """Stop accepting, let requests under way end (DRAIN_S at most), close every queue."""
         self.unready = DRAINING
-        self.shutdown()
-        self.server_close()
+        self._epoll.modify(self.socket, 0)
         deadline = time.monotonic() + DRAIN_S
-        while any(handler.busy for handler in list(self.handlers)):
+        while any(handler.busy for handler in list(self.handlers.values())):
             if time.monotonic() > deadline:
                 event(logging.WARNING, "requests_cut_off")
                 break
             time.sleep(0.01)
-        for handler in list(self.handlers):
-            handler.hang_up()
         self.broker.close()
+        self.server_close()
 
     @staticmethod
     def storage_failed(failure: LogFailed) -> NoReturn:
@@ -2757,11 +2962,11 @@ def _raise_file_limit(max_connections: int, queue_count: int) -> int:
     """Raise the soft limit of open files; return how many connections it allows."""
     spare = 64 + 4 * queue_count             # logs, their rewrites, bookmarks, sockets
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, max_connections + REFUSING_THREADS + spare)
+    wanted = max(soft, max_connections + REFUSED_CONNECTIONS + spare)
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if limit > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    allowed = min(max_connections, max(1, limit - REFUSING_THREADS - spare))
+    allowed = min(max_connections, max(1, limit - REFUSED_CONNECTIONS - spare))
     if allowed < max_connections:
         event(logging.WARNING, "max_connections_lowered", to=allowed, open_files_limit=limit)
     return allowed
@@ -2804,7 +3009,7 @@ def run(config: Config) -> int:
     broker.lock()
     warn_about(config.settings.path)
     server = Server(config, broker)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    threading.Thread(target=server.serve_forever, name="serve", daemon=True).start()
     broker.recover()
     server.unready = None
     host, port = server.server_address[:2]
