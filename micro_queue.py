@@ -254,6 +254,10 @@ class Token:
             return hashlib.sha256(self.token.encode("ascii")).digest()
         return bytes.fromhex(self.token_sha256 or "")
 
+    def may(self, permission: str, queue: str) -> bool:
+        granted = {"post": self.post, "get": self.get}.get(permission, ())
+        return self.admin or queue in granted
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -1446,6 +1450,32 @@ class Clock:
         return time.monotonic_ns() // 1_000_000
 
 
+class Space:
+    """What a disk has left above the bytes that are kept free for takes and compactions.
+
+    Looks at the disk only when what was appended since may have used it up, and when told to.
+    """
+
+    def __init__(self, path: str, min_free_bytes: int) -> None:
+        self._path, self._min_free_bytes = path, min_free_bytes
+        self.left = 0
+
+    def free_bytes(self) -> int:
+        status = os.statvfs(self._path)
+        return status.f_bavail * status.f_frsize
+
+    def look(self) -> None:
+        self.left = self.free_bytes() - self._min_free_bytes
+
+    def use(self, size: int) -> None:
+        """Count bytes that are about to be written. Raises ApiError 503 if there is no room."""
+        self.left -= size
+        if self.left < 0:
+            self.look()
+            if self.left < size:
+                raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
+
+
 class Delivery(NamedTuple):
     """Messages that are leased to one consumer."""
 
@@ -1462,12 +1492,12 @@ class Queue:
 
     def __init__(self, config: QueueConfig, folder: str, *, fsync: str = "always",
                  subscribers: Sequence[str] = (FIFO,), clock: Optional[Clock] = None,
-                 storage: Optional[Storage] = None) -> None:
+                 storage: Optional[Storage] = None, space: Optional[Space] = None) -> None:
         self.config, self.subscribers = config, subscribers
+        self.space = space or Space(folder, 0)
         self.lock, self._maintenance = threading.Lock(), threading.Lock()
         self.log = Log(folder, fsync, storage)
         self.state = State(self.log)
-        self.low_space = False               # puts are refused
         self.in_total = self.out_total = self.redelivered_total = self.compactions_total = 0
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
@@ -1520,12 +1550,11 @@ class Queue:
 
     # -- messages
 
-    def check_room(self) -> None:
-        """Raise what a put would be refused with, before its body is read."""
+    def check_room(self, size: int = 0) -> None:
+        """Raise what a put of `size` bytes would be refused with, before its body is read."""
         if self._closed:
             raise ApiError(503, "The server is stopping; try again")
-        if self.low_space:
-            raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
+        self.space.use(size)
 
     def put(self, payloads: Sequence[bytes], delay_s: int = 0) -> int:
         """Append messages and return the first one's id; durable on return. Errors as `append`."""
@@ -1540,7 +1569,7 @@ class Queue:
         Raises ApiError 503 with nothing queued, LogFailed when that is not known.
         """
         with self.lock:
-            self.check_room()
+            self.check_room(sum(map(len, payloads)) + HEAD.size * len(payloads))
             first, now_ms = self.state.next_id, self.now_ms()
             records = [Record(MESSAGE, first + number, now_ms, payload, 0, delay_s * 1000)
                        for number, payload in enumerate(payloads)]
@@ -1663,7 +1692,7 @@ class Queue:
             return False
         with self.lock:
             size, (_, held_bytes) = self.log.tail - HEADER.size, self.state.held()
-            enough = COMPACT_DEAD_LOW_BYTES if self.low_space else COMPACT_DEAD_BYTES
+            enough = COMPACT_DEAD_LOW_BYTES if self.space.left < 0 else COMPACT_DEAD_BYTES
             dead = size - held_bytes
             return (self._unlogged or not self.log.is_in_place()
                     or (dead >= enough and dead * 2 > size))
@@ -1834,8 +1863,9 @@ class Broker:
         settings = config.settings
         self.config, self.on_failure = config, on_failure
         self.tokens = {token.digest: token for token in config.tokens}
+        self.space = Space(settings.path, settings.min_free_bytes)
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
-                                        fsync=settings.fsync, clock=clock)
+                                        fsync=settings.fsync, clock=clock, space=self.space)
                        for item in config.queues}
         self._stopping = threading.Event()
         self._jobs: queues.SimpleQueue[Optional[Job]] = queues.SimpleQueue()
@@ -1858,7 +1888,6 @@ class Broker:
         """Recover every queue and start the threads. Raises StorageError, OSError."""
         for queue in self.queues.values():
             queue.recover()
-        self._watch_space()
         for thread in self._threads:
             thread.start()
 
@@ -1917,7 +1946,7 @@ class Broker:
 
     def _compact(self, queue: Queue) -> None:
         settings = self.config.settings
-        live, free = queue.held_bytes(), _free_bytes(settings.path)
+        live, free = queue.held_bytes(), self.space.free_bytes()
         # While puts are refused anyway, a rewrite is what gets the space back.
         spare = settings.min_free_bytes if free >= settings.min_free_bytes else 0
         if live + spare > free:
@@ -1941,17 +1970,11 @@ class Broker:
         return pause
 
     def _watch_space(self) -> None:
-        low = _free_bytes(self.config.settings.path) < self.config.settings.min_free_bytes
-        for queue in self.queues.values():
-            if low != queue.low_space:
-                queue.low_space = low
-                event(logging.WARNING, "disk_nearly_full" if low else "disk_has_space",
-                      queue=queue.config.name)
-
-
-def _free_bytes(path: str) -> int:
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+        before = self.space.left
+        self.space.look()
+        if (self.space.left < 0) != (before < 0):
+            event(logging.WARNING, "disk_nearly_full" if before >= 0 else "disk_has_space",
+                  left_bytes=self.space.left)
 
 
 # ---- Metrics ------------------------------------------------------------------------------
@@ -2237,7 +2260,7 @@ def put(call: Call) -> Answer:
     queue = _queue(call)
     if call.request.encoding not in ("", "identity"):
         raise ApiError(415, "Send the message without a Content-Encoding")
-    queue.check_room()
+    queue.check_room(call.request.length)
     payload = call.read_body()
     if not payload:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
@@ -2363,7 +2386,7 @@ def authorize(server: Server, request: Request, action: Optional[Action],
                        headers=b"WWW-Authenticate: Bearer\r\n")
     if action is None or request.queue is None:
         raise no_such_path()
-    if not (token.admin or request.queue in getattr(token, action.permission, ())):
+    if not token.may(action.permission, request.queue):
         log_request(logging.WARNING, "forbidden", request, client, token=token.name,
                     action=request.action, queue=request.queue)
         raise ApiError(403, f"This token lacks the permission '{action.permission}' here; "
@@ -2714,6 +2737,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.unready: Optional[str] = RECOVERING
         self.debug = log_event.isEnabledFor(logging.DEBUG)
         self.handlers: Dict[int, Handler] = {}
+        self._refused: Set[Handler] = set()  # of them, those above the limit
         self.requests: Dict[Tuple[str, int], int] = collections.Counter()
         self._pool = threading.Lock()
         self._polling = threading.Lock()
@@ -2851,13 +2875,15 @@ class Server(http.server.ThreadingHTTPServer):
             self._add(Handler(connection, address, self))
 
     def _add(self, handler: Handler) -> None:
-        above = len(self.handlers) - self._max_connections + 1
-        if above > REFUSED_CONNECTIONS:
+        refuse = len(self.handlers) - len(self._refused) >= self._max_connections
+        if refuse and len(self._refused) >= REFUSED_CONNECTIONS:
             handler.connection.close()
             return
         with self._pool:
             self.handlers[handler.connection.fileno()] = handler
-        if above > 0:
+            if refuse:
+                self._refused.add(handler)
+        if refuse:
             event(logging.WARNING, "too_many_connections", client=handler.client_address[0])
             handler.refuse(ApiError(503, "Too many connections (max_connections); try again"))
         else:
@@ -2894,6 +2920,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Before a connection's descriptor is closed, and may become another's."""
         with self._pool:
             self.handlers.pop(handler.connection.fileno(), None)
+            self._refused.discard(handler)
 
     def settle(self, queue: Queue, delivery: Delivery, *, sent: bool) -> None:
         """The answer with a delivery left, or did not."""

@@ -808,3 +808,706 @@ class CompactionTest(Folder):
         self.assertTrue(queue.wants_compaction())
         queue.compact()
         self.assertEqual(payloads(self.crash()), [b"a", b"b"])
+
+
+# ---- HTTP ---------------------------------------------------------------------------------
+
+class Wire:
+    """A raw connection: sends bytes, reads answers."""
+
+    def __init__(self, port):
+        self.socket = socket.create_connection(("127.0.0.1", port), 10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.data = b""
+
+    def send(self, data, one_by_one=False):
+        try:
+            for piece in ([data[at:at + 1] for at in range(len(data))] if one_by_one else [data]):
+                self.socket.sendall(piece)
+        except OSError:
+            pass                             # the server may answer and close before the end
+        return self
+
+    def answer(self, head_only=False):
+        """Return (status, headers, body) of the next answer; None at the end of the stream."""
+        while b"\r\n\r\n" not in self.data:
+            more = self.socket.recv(65536)
+            if not more:
+                return None
+            self.data += more
+        head, _, self.data = self.data.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines[1:])
+        length = 0 if head_only else int(headers.get("Content-Length", 0))
+        while len(self.data) < length:
+            self.data += self.socket.recv(65536)
+        body, self.data = self.data[:length], self.data[length:]
+        return int(lines[0].split()[1]), headers, body
+
+    def at_end(self):
+        """Tell whether the server closed."""
+        try:
+            return not self.data and self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return False
+
+    def close(self):
+        self.socket.close()
+
+
+class ServerTest(Folder):
+    """A server in this process, on port 0."""
+
+    settings = {}
+
+    def setUp(self):
+        super().setUp()
+        with open(os.path.join(HERE, "config.example.json"), "rb") as file:
+            value = json.loads(file.read(), object_pairs_hook=mq._Object.of_pairs)
+        value["settings"].update(listen_port=0, path=self.base, fsync="no", min_free_bytes=0,
+                                 **self.settings)
+        config = mq.parse_config(value)
+        self.broker = mq.Broker(config, self.fail_storage)
+        self.broker.lock()
+        self.server = mq.Server(config, self.broker)
+        self.server.storage_failed = self.fail_storage
+        self.port = self.server.server_address[1]
+        self.failures = []
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.broker.recover()
+        self.server.unready = None
+        self.queue = self.broker.queues["fetcher"]
+        self.addCleanup(self.stop)
+
+    def fail_storage(self, failure):
+        self.failures.append(failure)
+        raise OSError("storage failed")      # in place of the end of the process
+
+    def stop(self):
+        self.server.shutdown()
+        with contextlib.suppress(mq.LogFailed):
+            self.server.drain()
+
+    def wire(self):
+        wire = Wire(self.port)
+        self.addCleanup(wire.close)
+        return wire
+
+    def call(self, method, path, body=None, expect=200, token=ADMIN, headers=()):
+        """Make one request on a new connection; return (headers, body)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        fields = dict(headers)
+        if token:
+            fields["Authorization"] = f"Bearer {token}"
+        connection.request(method, path, body, fields)
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        self.assertEqual(response.status, expect, (method, path, data))
+        return response.headers, data
+
+
+def request(method, path, body=b"", token=ADMIN, headers=(), version="1.1"):
+    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
+    if token:
+        lines.append(f"Authorization: Bearer {token}")
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+class ApiTest(ServerTest):
+    settings = {"max_message_bytes": 100_000}
+
+    def test_a_message_goes_in_and_out_with_its_headers(self):
+        headers, body = self.call("POST", "/in/fetcher", b'{"a": 1}', token=POST)
+        self.assertEqual((headers["Message-Id"], body), ("1", b""))
+        headers, body = self.call("GET", "/out/fetcher", token=GET)
+        self.assertEqual(body, b'{"a": 1}')
+        for name, value in (("Content-Type", "application/json"), ("Message-Id", "1"),
+                            ("Message-Age", "0"), ("Delivery-Count", "1"),
+                            ("Server", "micro-queue"), ("Cache-Control", "no-store")):
+            self.assertEqual(headers[name], value)
+        headers, body = self.call("GET", "/out/fetcher", expect=404, token=GET)
+        self.assertEqual((body, headers["Message-Count"]), (b"Queue is empty\n", "0"))
+
+    def test_any_bytes_come_back_as_they_were(self):
+        for body in (bytes(range(256)) * 300, b"\n", b"a\r\nb", b"\0"):
+            self.call("POST", "/in/fetcher", body)
+            self.assertEqual(self.call("POST", "/out/fetcher")[1], body)
+
+    def test_who_may_do_what(self):
+        cases = [
+            ("POST", "/in/fetcher", None, 401), ("POST", "/in/fetcher", "x" * 30, 401),
+            ("POST", "/in/fetcher", GET, 403), ("GET", "/out/fetcher", POST, 403),
+            ("GET", "/out/fetcher", OTHER, 403), ("GET", "/compact/fetcher", POST, 403),
+            ("GET", "/out/nowhere", GET, 403), ("GET", "/out/nowhere", ADMIN, 404),
+            ("GET", "/nothing/fetcher", GET, 404), ("GET", "/nothing/fetcher", None, 401),
+            ("GET", "/in/fetcher", POST, 405), ("DELETE", "/out/fetcher", GET, 405),
+            ("HEAD", "/out/fetcher", GET, 405), ("GET", "/out/fetcher?x=1", GET, 400),
+            ("GET", "/out/fetcher?", GET, 404), ("GET", "/out/fetcher/", GET, 404),
+            ("GET", "/compact/fetcher", ADMIN, 200), ("POST", "/compact/fetcher", ADMIN, 200),
+            ("GET", "/out", GET, 404), ("GET", "/out//fetcher", GET, 404),
+            ("GET", "/out/../fetcher", GET, 404), ("GET", "/out/%66etcher", GET, 404),
+            ("GET", "/metrics/x", ADMIN, 404), ("POST", "/", None, 405),
+            ("GET", "/", None, 200), ("GET", "/healthz?x=1", None, 200),
+            ("GET", "/readyz", None, 200), ("GET", "/metrics", None, 200),
+        ]
+        for method, path, token, status in cases:
+            with self.subTest(method=method, path=path, status=status):
+                headers, body = self.call(method, path, token=token, expect=status)
+                if status >= 400 and method != "HEAD":
+                    self.assertEqual(body.count(b"\n"), 1)
+                if status == 401:
+                    self.assertEqual(headers["WWW-Authenticate"], "Bearer")
+                if status == 405:
+                    self.assertIn("OPTIONS", headers["Allow"])
+                if status == 404 and path != "/out/fetcher?" and path != "/out/fetcher/":
+                    self.assertNotIn("Message-Count", headers)
+
+    def test_malformed_authorization_is_401(self):
+        for value in ("Bearer", "Basic abc", f"Bearer {ADMIN} x", ADMIN, ""):
+            self.call("GET", "/out/fetcher", token=None, expect=401,
+                      headers=[("Authorization", value)])
+        self.call("GET", "/out/fetcher", token=None, expect=404,
+                  headers=[("Authorization", f"bEARER {ADMIN}")])
+
+    def test_bad_messages_are_refused_and_the_connection_goes_on(self):
+        wire = self.wire()
+        for sent, status in ((request("POST", "/in/fetcher"), 400),
+                             (request("GET", "/out/fetcher", b"lease=5"), 400),
+                             (request("POST", "/in/fetcher?x=1", b"abc"), 400),
+                             (request("POST", "/in/fetcher", b"abc", token=None), 401),
+                             (request("POST", "/in/fetcher", b"abc", token=GET), 403)):
+            self.assertEqual(wire.send(sent).answer()[0], status)
+        headers = ["Content-Encoding: gzip"]
+        sent = request("POST", "/in/fetcher", b"abc", headers=headers)
+        self.assertEqual(wire.send(sent).answer()[0], 415)
+        self.assertEqual(wire.send(request("GET", "/out/fetcher")).answer()[0], 404)
+
+    def test_a_body_that_is_too_large_is_refused_before_it_is_read(self):
+        wire = self.wire()
+        head = request("POST", "/in/fetcher", headers=["Content-Length: 100001"])
+        self.assertEqual(wire.send(head).answer()[0], 413)
+        self.assertTrue(wire.at_end())
+        chunked = request("POST", "/in/fetcher", headers=["Transfer-Encoding: chunked"])
+        self.assertEqual(self.wire().send(chunked + b"fffff\r\n").answer()[0], 413)
+        self.assertIsNone(self.queue.take())
+
+    def test_options_and_head(self):
+        headers, body = self.call("OPTIONS", "/in/nowhere", token=None)
+        self.assertEqual(headers["Allow"], "POST, OPTIONS")
+        self.assertIn(b"POST", body)
+        self.call("OPTIONS", "*", token=None)
+        self.call("OPTIONS", "/", token=None)
+        self.call("OPTIONS", "/nothing", token=None, expect=404)
+        headers, body = self.call("HEAD", "/healthz", token=None)
+        self.assertEqual(body, b"")
+        self.assertGreater(int(headers["Content-Length"]), 0)
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        wire = self.wire()
+        wire.send(b"".join(request("POST", "/in/fetcher", b"m%d" % n) for n in range(20))
+                  + request("GET", "/out/fetcher") * 21)
+        statuses = [wire.answer() for _ in range(41)]
+        self.assertEqual([body for _, _, body in statuses[20:40]],
+                         [b"m%d" % n for n in range(20)])
+        self.assertEqual(statuses[40][0], 404)
+
+    def test_many_connections_lose_and_double_nothing(self):
+        sent, found, lock = [], [], threading.Lock()
+
+        def work(number):
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+            fields = {"Authorization": f"Bearer {ADMIN}"}
+            for n in range(40):
+                body = b"%d-%d" % (number, n)
+                connection.request("POST", "/in/fetcher", body, fields)
+                response = connection.getresponse()
+                response.read()
+                connection.request("GET", "/out/fetcher", headers=fields)
+                answer = connection.getresponse()
+                data = answer.read()
+                with lock:
+                    sent.append(body)
+                    if answer.status == 200:
+                        found.append(data)
+            connection.close()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(found + payloads(self.queue)), sorted(sent))
+
+    def test_metrics_are_well_formed_and_counted(self):
+        self.call("POST", "/in/fetcher", b"x")
+        self.call("GET", "/out/fetcher")
+        text = self.call("GET", "/metrics", token=None)[1].decode()
+        self.assertIn('oxl_micro_queue_messages_in_total{queue_name="fetcher"} 1\n', text)
+        self.assertIn('oxl_micro_queue_messages_out_total{queue_name="fetcher"} 1\n', text)
+        self.assertIn('oxl_micro_queue_messages_out_total{queue_name="manager-reload"} 0\n', text)
+        self.assertIn('http_requests_total{action="in",code="200"} 1\n', text)
+        for name, kind, _ in mq.METRICS:
+            self.assertIn(f"# TYPE {name} {kind}\n", text)
+
+    def test_while_it_recovers_or_drains_it_says_so(self):
+        for reason in (mq.RECOVERING, mq.DRAINING):
+            self.server.unready = reason
+            headers, body = self.call("GET", "/out/fetcher", expect=503)
+            self.assertEqual(headers["Retry-After"], "5")
+            self.assertIn(reason.encode(), self.call("GET", "/readyz", expect=503, token=None)[1])
+            self.call("GET", "/healthz", token=None)
+        self.server.unready = None
+
+    def test_a_nearly_full_disk_refuses_puts_only(self):
+        self.call("POST", "/in/fetcher", b"x")
+        self.broker.space._min_free_bytes = 1 << 60
+        self.broker.space.look()
+        headers, _ = self.call("POST", "/in/fetcher", b"y", expect=503)
+        self.assertEqual(headers["Retry-After"], "5")
+        self.assertEqual(self.call("GET", "/out/fetcher")[1], b"x")
+
+
+class FramingTest(ServerTest):
+    """The table of strict HTTP: each row sent whole and one byte at a time."""
+
+    settings = {"request_timeout": 1, "idle_timeout": 2}
+    FIELD = b"POST /in/fetcher HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n" % ADMIN.encode()
+
+    def rows(self, rows, goes_on=False):
+        for sent, status in rows:
+            for one_by_one in (False, True) if len(sent) < 600 else (False,):
+                with self.subTest(sent=sent[:200], one_by_one=one_by_one):
+                    wire = Wire(self.port)
+                    answer = wire.send(sent, one_by_one).answer()
+                    self.assertEqual(answer[0], status, answer)
+                    if goes_on:
+                        again = wire.send(request("GET", "/healthz")).answer()
+                        self.assertEqual(again[0], 200)
+                    else:
+                        self.assertEqual(answer[1].get("Connection"), "close")
+                        wire.socket.shutdown(socket.SHUT_WR)
+                        self.assertTrue(wire.at_end())
+                    wire.close()
+
+    def test_framing_errors_close(self):
+        field = self.FIELD
+        self.rows([
+            (field + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc", 400),
+            (field.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n", 400),
+            (field + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc", 400),
+            (field + b"Content-Length: 3, 3\r\n\r\nabc", 400),
+            (field + b"Content-Length: +3\r\n\r\nabc", 400),
+            (field + b"Content-Length: 1234567890123456789\r\n\r\nabc", 400),
+            (field + b"Content-Length: \r\n\r\nabc", 400),
+            (field + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+            (field + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            (field + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400),
+            (field + b"A: b\r\n folded\r\n\r\n", 400),
+            (field + b"A : b\r\n\r\n", 400),
+            (field + b"no colon\r\n\r\n", 400),
+            (field + b"na(me: b\r\n\r\n", 400),
+            (field + b"A: b\x00c\r\n\r\n", 400),
+            (field + b"A: b\x7f\r\n\r\n", 400),
+            (field + b"A: b\rc\r\n\r\n", 400),
+            (field + b"A: b\nC: d\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+            (b"\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+            (b"GET / HTTP/x\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/1.10\r\nHost: x\r\n\r\n", 400),
+            (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+            (b"GET /\r\nHost: x\r\n\r\n", 400),
+            (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+            (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+            (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 100 + b"\r\n", 431),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 33000 + b"\r\n\r\n", 431),
+            (field + b"Expect: the-unexpected\r\n\r\n", 417),
+            (field + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+            (field + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n", 400),
+            (field + b"Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n", 400),
+            (field + b"Transfer-Encoding: chunked\r\n\r\n3;a\x01\r\nabc\r\n", 400),
+            (field + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nno colon\r\n\r\n", 400),
+        ])
+        self.assertIsNone(self.queue.take())
+
+    def test_what_is_allowed_goes_on(self):
+        field = self.FIELD
+        self.rows([
+            (b"\r\n" + request("GET", "/healthz"), 200),
+            (b"GET /healthz HTTP/1.9\r\nHost: x\r\n\r\n", 200),
+            (b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+            (b"GET /healthz HTTP/1.1\r\nHost:\r\n\r\n", 200),
+            (b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: \t b\tc\x80\xff \r\n\r\n", 200),
+            (b"GET /healthz HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200),
+            (b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 99 + b"\r\n", 200),
+            (field + b"\r\n", 400),
+            (field + b"Content-Length: 3\r\n\r\nabc", 200),
+            (field + b"Transfer-Encoding: Chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", 200),
+            (field + b"Transfer-Encoding: chunked\r\n\r\n"
+             b"2;ext=\"x\"\r\nde\r\n001\r\nf\r\n0\r\nTrail: er\r\n\r\n", 200),
+            (field + b"Content-Length: 1000001\r\n\r\n"[:0] + b"Content-Length: 0\r\n\r\n", 400),
+        ], goes_on=True)
+        self.assertEqual(payloads(self.queue), [b"abc"] * 4 + [b"def"] * 2)
+
+    def test_old_clients_are_closed_unless_they_ask(self):
+        wire = self.wire().send(b"GET /healthz HTTP/1.0\r\n\r\n")
+        self.assertEqual(wire.answer()[1]["Connection"], "close")
+        self.assertTrue(wire.at_end())
+
+    def test_expect_is_answered_once_nothing_else_is_wrong(self):
+        expect = self.FIELD + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n"
+        wire = self.wire().send(expect)
+        self.assertEqual(wire.answer()[0], 100)
+        self.assertEqual(wire.send(b"abc").answer()[0], 200)
+        wire = self.wire().send(expect.replace(ADMIN.encode(), GET.encode()))
+        self.assertEqual(wire.answer()[0], 403)
+        self.assertTrue(wire.at_end())
+
+    def test_a_body_that_is_cut_short_is_not_queued(self):
+        for sent in (b"Content-Length: 5\r\n\r\nabc",
+                     b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"):
+            wire = Wire(self.port).send(self.FIELD + sent)
+            wire.socket.shutdown(socket.SHUT_WR)
+            self.assertTrue(wire.at_end())
+            wire.close()
+        self.assertIsNone(self.queue.take())
+
+    def test_a_slow_request_is_408_and_an_idle_connection_is_closed(self):
+        slow = self.wire().send(b"GET / HT")
+        body = self.wire().send(self.FIELD + b"Content-Length: 5\r\n\r\nab")
+        idle = self.wire()
+        self.assertEqual(slow.answer()[0], 408)
+        self.assertEqual(body.answer()[0], 408)
+        self.assertTrue(idle.at_end())
+
+    def test_a_client_that_does_not_take_its_answer_loses_the_message_to_the_next(self):
+        big = os.urandom(1 << 20) * 12
+        self.queue.put([big])
+        wire = self.wire()
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.send(request("GET", "/out/fetcher"))
+        deadline = time.monotonic() + 10
+        while self.queue.redelivered_total == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        delivery = self.queue.take()
+        self.assertEqual(delivery.messages[0].payload, big)
+        self.assertEqual(delivery.messages[0].delivery, 2)
+
+    def test_a_client_that_resets_at_any_byte_loses_nothing(self):
+        sent = request("GET", "/out/fetcher")
+        self.queue.put([b"x" * 200_000])
+        for cut in range(0, len(sent) + 1, 7):
+            wire = Wire(self.port).send(sent[:cut])
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            wire.close()
+        self.assertEqual(self.wire().send(request("GET", "/healthz")).answer()[0], 200)
+
+    def test_a_large_refused_body_does_not_reset_the_answer(self):
+        head = self.FIELD.replace(ADMIN.encode(), GET.encode())
+        wire = self.wire()
+        threading.Thread(target=wire.send, daemon=True, args=(
+            head + b"Content-Length: 3000000\r\n\r\n" + bytes(3_000_000),)).start()
+        self.assertEqual(wire.answer()[0], 403)
+
+
+class LimitTest(ServerTest):
+    settings = {"max_connections": 3}
+
+    def test_connections_above_the_limit_are_told_so(self):
+        kept = [self.wire().send(request("GET", "/healthz")) for _ in range(3)]
+        self.assertEqual([wire.answer()[0] for wire in kept], [200] * 3)
+        extra = self.wire()
+        status, headers, _ = extra.answer()
+        self.assertEqual((status, headers["Connection"]), (503, "close"))
+        kept[0].close()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            wire = Wire(self.port).send(request("GET", "/healthz"))
+            status = wire.answer()[0]
+            wire.close()
+            if status == 200:
+                return
+        self.fail("no room again")
+
+
+class DurableServerTest(ServerTest):
+    def setUp(self):
+        super().setUp()
+        for queue in self.broker.queues.values():
+            queue.log.fsync = "always"
+
+    def test_concurrent_and_pipelined_puts_are_answered_after_their_sync(self):
+        wires = [self.wire() for _ in range(10)]
+        for number, wire in enumerate(wires):
+            wire.send(b"".join(request("POST", "/in/fetcher", b"%d-%d" % (number, n))
+                               for n in range(10)))
+        for wire in wires:
+            self.assertEqual([wire.answer()[0] for _ in range(10)], [200] * 10)
+        self.assertEqual(self.queue.log.durable, self.queue.log.appends)
+        self.assertEqual(len(payloads(self.queue)), 100)
+
+    def test_a_failed_sync_is_no_200(self):
+        self.queue.log.storage = FailingStorage()
+        self.queue.log.storage.failing["fdatasync"] = errno.EIO
+        wire = self.wire().send(request("POST", "/in/fetcher", b"x"))
+        self.assertTrue(wire.at_end())
+        self.assertTrue(self.failures)
+
+
+# ---- main ---------------------------------------------------------------------------------
+
+class ProcessTest(Folder):
+    """Real server processes."""
+
+    def config(self, **settings):
+        with open(os.path.join(HERE, "config.example.json")) as file:
+            value = json.load(file)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        value["settings"].update(path=os.path.join(self.base, "data"), listen_port=self.port,
+                                 **settings)
+        path = os.path.join(self.base, "config.json")
+        with open(path, "w") as file:
+            json.dump(value, file)
+        return path
+
+    def start(self, path):
+        process = subprocess.Popen([sys.executable, SERVER, "-c", path],
+                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self.addCleanup(self.end, process)
+        self.wait_ready()
+        return process
+
+    def end(self, process):
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+    def wait_ready(self):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/readyz")[0] == 200:
+                    return
+            time.sleep(0.02)
+        self.fail("the server did not become ready")
+
+    def ask(self, method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(method, path, body, {"Authorization": f"Bearer {ADMIN}"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def run_main(self, *arguments):
+        done = subprocess.run([sys.executable, SERVER, *arguments], timeout=20,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done.returncode, done.stdout.decode() + done.stderr.decode()
+
+    def test_exit_codes_and_one_line_for_each_mistake(self):
+        path = self.config()
+        self.assertEqual(self.run_main("-c", path, "--check")[0], 0)
+        self.assertEqual(self.run_main("--version")[0], 0)
+        self.assertEqual(self.run_main()[0], 2)
+        for file, code in ((os.path.join(self.base, "none.json"), 1), (SERVER, 1)):
+            status, text = self.run_main("-c", file)
+            self.assertEqual((status, text.count("\n")), (code, 1), text)
+        os.makedirs(os.path.join(self.base, "data", "fetcher"), mode=0o700)
+        with open(os.path.join(self.base, "data", "fetcher", "data.log"), "wb") as file:
+            file.write(b"something else")
+        status, text = self.run_main("-c", path)
+        self.assertEqual(status, 3)
+        self.assertNotIn("Traceback", text)
+
+    def test_a_second_start_on_the_folder_fails_and_names_it(self):
+        path = self.config()
+        self.start(path)
+        status, text = self.run_main("-c", path)
+        self.assertEqual(status, 3)
+        self.assertIn(os.path.join(self.base, "data"), text)
+        self.assertEqual(text.count("\n"), 1)
+
+    def test_sigterm_drains_and_marks_a_clean_stop(self):
+        process = self.start(self.config())
+        self.ask("POST", "/in/fetcher", b"x")
+        idle = socket.create_connection(("127.0.0.1", self.port))
+        self.addCleanup(idle.close)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(10), 0)
+        with open(os.path.join(self.base, "data", "fetcher", "meta.json")) as file:
+            self.assertTrue(json.load(file)["clean"])
+        self.assertNotIn(b"Traceback", process.stderr.read())
+
+    def test_kill_9_loses_nothing_that_was_answered(self):
+        seed = 1
+        rng, path = random.Random(seed), self.config()
+        answered, taken, attempted = set(), [], set()
+        under_way, lock = set(), threading.Lock()
+        for _ in range(4):
+            process = self.start(path)
+            dead = threading.Event()
+
+            def produce(name, dead=dead):
+                number = 0
+                while not dead.is_set():
+                    body = b"%b-%06d" % (name, number)
+                    number += 1
+                    with lock:
+                        attempted.add(body)
+                    try:
+                        if self.ask("POST", "/in/fetcher", body)[0] == 200:
+                            with lock:
+                                answered.add(body)
+                    except (OSError, http.client.HTTPException):
+                        pass
+
+            def consume(dead=dead):
+                while not dead.is_set():
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        status, body = self.ask("GET", "/out/fetcher")
+                        if status == 200:
+                            with lock:
+                                taken.append(body)
+
+            names = [b"%d-%d" % (rng.randrange(10**9), n) for n in range(4)]
+            threads = [threading.Thread(target=produce, args=(name,)) for name in names]
+            threads += [threading.Thread(target=consume) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.3 + rng.random() * 0.3)
+            process.kill()
+            dead.set()
+            for thread in threads:
+                thread.join()
+            self.end(process)
+        self.start(path)
+        rest = []
+        while True:
+            status, body = self.ask("GET", "/out/fetcher")
+            if status == 404:
+                break
+            rest.append(body)
+        self.assertEqual(answered - set(taken) - set(rest), set(), f"lost, seed {seed}")
+        self.assertEqual((set(taken) | set(rest)) - attempted, set(), "never sent")
+        doubled = len(taken) + len(rest) - len(set(taken) | set(rest))
+        self.assertLessEqual(doubled, 4 * 3, "more doubled than takes were under way")
+        del under_way
+        for name in {body.rsplit(b"-", 1)[0] for body in rest}:
+            own = [body for body in rest if body.startswith(name + b"-")]
+            self.assertEqual(own, sorted(own))
+
+    def test_a_failing_disk_ends_the_process_without_a_200(self):
+        if not shutil.which("prlimit") and not hasattr(os, "O_TMPFILE"):
+            self.skipTest("needs Linux")
+        code = (
+            "import sys, errno, os; sys.argv = ['x', '-c', %r]; sys.path.insert(0, %r)\n"
+            "import micro_queue as mq\n"
+            "def fail(fd):\n"
+            "    if os.fstat(fd).st_size > 90: raise OSError(errno.EIO, 'broken')\n"
+            "mq.Storage.fdatasync = staticmethod(fail)\n"
+            "sys.exit(mq.main())\n") % (self.config(), HERE)
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+        self.addCleanup(self.end, process)
+        self.wait_ready()
+        with self.assertRaises((OSError, http.client.HTTPException)):
+            self.ask("POST", "/in/fetcher", b"x")
+        self.assertEqual(process.wait(10), 4)
+        self.assertNotIn(b"Traceback", process.stderr.read())
+
+    @unittest.skipUnless(os.geteuid() == 0, "mounting a tmpfs needs root")
+    def test_a_full_disk_refuses_puts_until_there_is_space_again(self):
+        data = os.path.join(self.base, "data")
+        os.mkdir(data, 0o700)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", data],
+                                 stderr=subprocess.DEVNULL)
+        if mounted.returncode:
+            self.skipTest("mount is not allowed here")
+        self.addCleanup(subprocess.run, ["umount", "-l", data])
+        process = self.start(self.config(min_free_bytes=65536))
+        count = 0
+        while self.ask("POST", "/in/fetcher", b"%06d" % count + bytes(20_000))[0] == 200:
+            count += 1
+        self.assertGreater(count, 20)
+        for number in range(count):
+            status, body = self.ask("GET", "/out/fetcher")
+            self.assertEqual((status, body[:6]), (200, b"%06d" % number))
+        self.assertEqual(self.ask("GET", "/compact/fetcher")[0], 200)
+        self.assertEqual(self.ask("POST", "/in/fetcher", b"again")[0], 200)
+        process.kill()
+        process.wait()
+        self.start(self.config(min_free_bytes=65536))
+        self.assertEqual(self.ask("GET", "/out/fetcher")[1], b"again")
+
+
+# ---- Documents ----------------------------------------------------------------------------
+
+class DocumentTest(unittest.TestCase):
+    """What the README says is what the code does."""
+
+    def setUp(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.readme = file.read()
+
+    def test_every_action_is_in_the_api_table_and_no_other(self):
+        rows = re.findall(r"^\| `(?:[A-Z]+) /([a-z]*)", self.readme, re.MULTILINE)
+        self.assertEqual(set(rows) - {""}, set(mq.ACTIONS) - {""})
+
+    def test_the_config_table_is_the_dataclasses(self):
+        rows = dict(re.findall(r"^\| `([a-z_]+(?:\[\])?\.[a-z0-9_]+)` \| (\S+)",
+                               self.readme, re.MULTILINE))
+        wanted = {}
+        for prefix, cls in (("settings", mq.Settings), ("queues[]", mq.QueueConfig),
+                            ("tokens[]", mq.Token)):
+            for field in dataclasses.fields(cls):
+                default = "required"
+                if field.default is not dataclasses.MISSING:
+                    value = list(field.default) if field.default == () else field.default
+                    default = f"`{json.dumps(value)}`"
+                wanted[f"{prefix}.{field.name}"] = default
+        self.assertEqual(rows, wanted)
+
+    def test_every_curl_line_works_as_it_stands(self):
+        if not shutil.which("curl"):
+            self.skipTest("needs curl")
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", 10000)):
+                self.skipTest("port 10000 is taken")
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        with open(os.path.join(HERE, "config.example.json")) as file:
+            text = file.read().replace("/tmp/queue", folder)
+        with open(os.path.join(folder, "config.json"), "w") as file:
+            file.write(text)
+        server = subprocess.Popen([sys.executable, SERVER, "-c", file.name],
+                                  stderr=subprocess.DEVNULL)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", 10000)).close()
+                break
+            time.sleep(0.05)
+        lines = [line for line in re.findall(r"^curl .*", self.readme, re.MULTILINE)
+                 if "127.0.0.1:10000" in line]
+        self.assertGreaterEqual(len(lines), 3)
+        found = [subprocess.run(line, shell=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, timeout=20) for line in lines]
+        self.assertTrue(all(b"HTTP/1.1 200" in done.stderr for done in found[:3]))
+        self.assertEqual(found[1].stdout, b'{"context": "test"}')
+        self.assertIn(b'messages_out_total{queue_name="fetcher"} 1', found[2].stdout)
+        for name in ("fetcher/data.log", "fetcher/meta.json", "manager-reload"):
+            self.assertTrue(os.path.exists(os.path.join(folder, name)), name)
+
+
+if __name__ == "__main__":
+    unittest.main()
