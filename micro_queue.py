@@ -592,7 +592,7 @@ class Log:
     def _is_path(self, fd: int) -> bool:
         try:
             return _identity(os.stat(self.path)) == _identity(os.fstat(fd))
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def load(self) -> bool:
@@ -1001,7 +1001,9 @@ class LegacyLog:
             if end > self._size:
                 self._log.set_aside(at, self._size)
                 return
-            if end > self.head and length:
+            if length > MAX_MESSAGE_BYTES:
+                self._log.set_aside(at, end)
+            elif end > self.head and length:
                 yield self._log._read(at + U64.size, length)
             at = end
 
@@ -1461,7 +1463,10 @@ class Space:
         self.left = 0
 
     def free_bytes(self) -> int:
-        status = os.statvfs(self._path)
+        try:
+            status = os.statvfs(self._path)
+        except OSError:                      # gone, or a server that does not answer: no room
+            return 0
         return status.f_bavail * status.f_frsize
 
     def look(self) -> None:
@@ -1472,7 +1477,8 @@ class Space:
         self.left -= size
         if self.left < 0:
             self.look()
-            if self.left < size:
+            self.left -= size
+            if self.left < 0:
                 raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
 
 
@@ -1521,8 +1527,7 @@ class Queue:
             self._epoch_ms = (max(self._clock.wall_ms(), self.state.time_ms)
                               - self._clock.monotonic_ms())
             self._meet_subscribers_locked()
-        if clean:
-            self.bookmark()                  # a crash from here on is no clean stop
+        self.bookmark()                      # a crash from here on is no clean stop
         event(logging.INFO, "recovered", queue=self.config.name,
               messages=self.state.held()[0], scanned_bytes=self.log.tail - start)
 
@@ -1663,6 +1668,10 @@ class Queue:
         return self.log.codec.log_id.hex()
 
     def wants_bookmark(self) -> bool:
+        """Tell whether the log grew by more than a start should scan; not during compaction,
+        for which a bookmark would wait."""
+        if self._maintenance.locked():
+            return False
         grown = self.log.tail - self._bookmark_tail
         return grown >= max(BOOKMARK_BYTES, BOOKMARK_GROWTH * self._bookmark_bytes)
 
@@ -1867,6 +1876,7 @@ class Broker:
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
                                         fsync=settings.fsync, clock=clock, space=self.space)
                        for item in config.queues}
+        self._low_space = False
         self._stopping = threading.Event()
         self._jobs: queues.SimpleQueue[Optional[Job]] = queues.SimpleQueue()
         self._compacting: Set[str] = set()
@@ -1935,7 +1945,7 @@ class Broker:
         for job in iter(self._jobs.get, None):
             try:
                 self._compact(job.queue)
-            except (CompactionFailed, LogFailed) as error:
+            except (CompactionFailed, LogFailed, OSError) as error:
                 job.error = error
                 event(logging.WARNING, "compaction_failed", queue=job.queue.config.name,
                       error=error)
@@ -1970,11 +1980,12 @@ class Broker:
         return pause
 
     def _watch_space(self) -> None:
-        before = self.space.left
         self.space.look()
-        if (self.space.left < 0) != (before < 0):
-            event(logging.WARNING, "disk_nearly_full" if before >= 0 else "disk_has_space",
-                  left_bytes=self.space.left)
+        low = self.space.left < 0
+        if low != self._low_space:
+            self._low_space = low
+            event(logging.WARNING, "disk_nearly_full" if low else "disk_has_space",
+                  path=self.config.settings.path, left_bytes=self.space.left)
 
 
 # ---- Metrics ------------------------------------------------------------------------------
@@ -2260,7 +2271,7 @@ def put(call: Call) -> Answer:
     queue = _queue(call)
     if call.request.encoding not in ("", "identity"):
         raise ApiError(415, "Send the message without a Content-Encoding")
-    queue.check_room(call.request.length)
+    queue.check_room()
     payload = call.read_body()
     if not payload:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
@@ -2321,6 +2332,9 @@ ACTIONS: Mapping[str, Action] = {
     "readyz": Action(("GET", "HEAD"), "", show_ready, "GET: 200 when queues are served"),
     "metrics": Action(("GET", "HEAD"), "", show_metrics, "GET: metrics for Prometheus"),
 }
+
+
+PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 
 def dispatch(handler: Handler, request: Request) -> Answer:
@@ -2698,11 +2712,14 @@ class Reply(NamedTuple):
             self.handler.close()
 
     def _log(self) -> None:
-        if self.request:
-            request = self.request
+        request, status = self.request, self.answer.status
+        if request is None:
+            event(logging.DEBUG, "bad_request", client=self.handler.client_address[0],
+                  status=status)
+        elif request.action not in PROBES or status != 200:
             log_request(logging.DEBUG, "request", request, self.handler.client_address,
                         method=request.method, action=request.action, queue=request.queue,
-                        status=self.answer.status, bytes=len(self.answer.body),
+                        status=status, bytes=len(self.answer.body),
                         ms=round((time.perf_counter() - self.started) * 1000, 3))
 
 
@@ -3019,9 +3036,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ConfigError as error:
         print(f"micro_queue: {error}", file=sys.stderr)
         return 1
-    except (StorageError, OSError) as error:
+    except (StorageError, CompactionFailed, ApiError, OSError) as error:
         print(f"micro_queue: {error}", file=sys.stderr)
         return 3
+    except LogFailed as error:
+        print(f"micro_queue: {error}", file=sys.stderr)
+        return 4
 
 
 def run(config: Config) -> int:

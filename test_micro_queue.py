@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 import unittest
-import zlib
 
 import micro_queue as mq
 
@@ -1055,7 +1054,7 @@ class ApiTest(ServerTest):
     def test_while_it_recovers_or_drains_it_says_so(self):
         for reason in (mq.RECOVERING, mq.DRAINING):
             self.server.unready = reason
-            headers, body = self.call("GET", "/out/fetcher", expect=503)
+            headers = self.call("GET", "/out/fetcher", expect=503)[0]
             self.assertEqual(headers["Retry-After"], "5")
             self.assertIn(reason.encode(), self.call("GET", "/readyz", expect=503, token=None)[1])
             self.call("GET", "/healthz", token=None)
@@ -1311,7 +1310,7 @@ class ProcessTest(Folder):
 
     def run_main(self, *arguments):
         done = subprocess.run([sys.executable, SERVER, *arguments], timeout=20,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                              capture_output=True)
         return done.returncode, done.stdout.decode() + done.stderr.decode()
 
     def test_exit_codes_and_one_line_for_each_mistake(self):
@@ -1352,7 +1351,7 @@ class ProcessTest(Folder):
         seed = 1
         rng, path = random.Random(seed), self.config()
         answered, taken, attempted = set(), [], set()
-        under_way, lock = set(), threading.Lock()
+        lock = threading.Lock()
         for _ in range(4):
             process = self.start(path)
             dead = threading.Event()
@@ -1401,21 +1400,19 @@ class ProcessTest(Folder):
         self.assertEqual((set(taken) | set(rest)) - attempted, set(), "never sent")
         doubled = len(taken) + len(rest) - len(set(taken) | set(rest))
         self.assertLessEqual(doubled, 4 * 3, "more doubled than takes were under way")
-        del under_way
         for name in {body.rsplit(b"-", 1)[0] for body in rest}:
             own = [body for body in rest if body.startswith(name + b"-")]
             self.assertEqual(own, sorted(own))
 
     def test_a_failing_disk_ends_the_process_without_a_200(self):
-        if not shutil.which("prlimit") and not hasattr(os, "O_TMPFILE"):
-            self.skipTest("needs Linux")
         code = (
-            "import sys, errno, os; sys.argv = ['x', '-c', %r]; sys.path.insert(0, %r)\n"
+            "import sys, errno, os\n"
+            f"sys.argv = ['x', '-c', {self.config()!r}]; sys.path.insert(0, {HERE!r})\n"
             "import micro_queue as mq\n"
             "def fail(fd):\n"
             "    if os.fstat(fd).st_size > 90: raise OSError(errno.EIO, 'broken')\n"
             "mq.Storage.fdatasync = staticmethod(fail)\n"
-            "sys.exit(mq.main())\n") % (self.config(), HERE)
+            "sys.exit(mq.main())\n")
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
         self.addCleanup(self.end, process)
         self.wait_ready()
@@ -1463,13 +1460,13 @@ class DocumentTest(unittest.TestCase):
         self.assertEqual(set(rows) - {""}, set(mq.ACTIONS) - {""})
 
     def test_the_config_table_is_the_dataclasses(self):
-        rows = dict(re.findall(r"^\| `([a-z_]+(?:\[\])?\.[a-z0-9_]+)` \| (\S+)",
+        rows = dict(re.findall(r"^\| `((?:settings|queues\[\]|tokens\[\])\.\w+)` \| (\S+)",
                                self.readme, re.MULTILINE))
         wanted = {}
         for prefix, cls in (("settings", mq.Settings), ("queues[]", mq.QueueConfig),
                             ("tokens[]", mq.Token)):
             for field in dataclasses.fields(cls):
-                default = "required"
+                default = "`required`"
                 if field.default is not dataclasses.MISSING:
                     value = list(field.default) if field.default == () else field.default
                     default = f"`{json.dumps(value)}`"
@@ -1494,14 +1491,17 @@ class DocumentTest(unittest.TestCase):
         self.addCleanup(server.kill)
         for _ in range(200):
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", 10000)).close()
-                break
+                ready = http.client.HTTPConnection("127.0.0.1", 10000, timeout=10)
+                self.addCleanup(ready.close)
+                ready.request("GET", "/readyz")
+                if ready.getresponse().status == 200:
+                    break
             time.sleep(0.05)
         lines = [line for line in re.findall(r"^curl .*", self.readme, re.MULTILINE)
                  if "127.0.0.1:10000" in line]
         self.assertGreaterEqual(len(lines), 3)
-        found = [subprocess.run(line, shell=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, timeout=20) for line in lines]
+        found = [subprocess.run(line, shell=True, capture_output=True, timeout=20)
+                 for line in lines]
         self.assertTrue(all(b"HTTP/1.1 200" in done.stderr for done in found[:3]))
         self.assertEqual(found[1].stdout, b'{"context": "test"}')
         self.assertIn(b'messages_out_total{queue_name="fetcher"} 1', found[2].stdout)
