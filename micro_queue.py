@@ -33,8 +33,9 @@ Storage: `<path>/<queue>/data.log` is the truth, `meta.json` only a bookmark int
 Every change of state goes one way: validate, append, apply to memory, let go of the lock,
 wait until durable, answer. Recovery applies the same records through the same function.
 
-Lock order: Queue.lock, then Log._commit. Never two queues' locks at once, and no lock that a
-take needs is held while a disk syncs.
+Lock order: Queue._maintenance, Queue.lock, Log._commit; Server._pool stands alone. Never two
+queues' locks at once, and no lock that a take needs is held while a disk syncs, but for the
+last step of a compaction.
 
 Contents: Constants and errors, Config, Records, Log, Subscription, Queue, Broker, Metrics,
 HTTP, Server, main.
@@ -2479,8 +2480,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while self._data:
                 if not self._serve_one():
                     return                   # parked, lingering or closed
-        except OSError:                      # the client is gone: nobody to tell
-            self.close()
+        except (OSError, ApiError):          # the client is gone, or late with a body that
+            self.close()                     # was refused already: nothing to tell it
             return
         self.server.resume(self)
 
@@ -2704,11 +2705,14 @@ class Reply(NamedTuple):
         return self.keep_alive
 
     def send_parked(self, failure: Optional[LogFailed]) -> None:
-        """Send from the thread that led the sync."""
+        """Send from the thread that led the sync, which others wait for: raises nothing."""
         try:
             if self.send(failure):
                 self.handler.server.resume(self.handler)
         except OSError:
+            self.handler.close()
+        except Exception:                    # not for anything that a client or a disk can do
+            log_event.exception("connection_failed client=%s", self.handler.client_address[0])
             self.handler.close()
 
     def _log(self) -> None:
@@ -2862,7 +2866,7 @@ class Server(http.server.ThreadingHTTPServer):
         except RuntimeError as error:
             event(logging.ERROR, "cannot_start_thread", error=error)
             return
-        if handler:
+        if handler and handler.polled:
             with self._pool:
                 self._epoll.unregister(handler.connection)
                 handler.polled = False
@@ -2926,8 +2930,11 @@ class Server(http.server.ThreadingHTTPServer):
         """Look at a connection again, for `seconds`; by default for `idle_timeout`."""
         if seconds is None:
             seconds = self.config.settings.idle_timeout
+        handler.deadline = time.monotonic() + seconds
+        if handler.polled and not handler.parked:        # the poller's own
+            handler.busy = False
+            return
         with self._pool:
-            handler.deadline = time.monotonic() + seconds
             handler.busy = handler.parked = False
             if not handler.polled:
                 handler.polled = True

@@ -452,20 +452,18 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
     start = time.monotonic()
     thread.start()
     time.sleep(0.1)
-    slowest: Optional[float] = None
+    loads = []
     for name, row in rows.items():
-        during = bench.load(child, name, 8)
-        row.values.append(ratio(during, before[name]) if thread.is_alive() else None)
-        slowest = max(slowest or 0, during.max_us / 1000)
-    alive = thread.is_alive()
-    switch = bench.load(child, "put", 8) if alive else None
-    while switch and thread.is_alive():      # the switch to the new log is the hard part
-        slowest = max(slowest or 0, switch.max_us / 1000)
-        switch = bench.load(child, "put", 8)
+        loads.append(bench.load(child, name, 8))
+        row.values.append(ratio(loads[-1], before[name]) if thread.is_alive() else None)
+    while thread.is_alive():                 # the switch to the new log is the hard part
+        loads.append(bench.load(child, "put", 8))
     thread.join()
-    slowest = max(slowest or 0, switch.max_us / 1000) if switch else slowest
-    print(f"  compact: took {time.monotonic() - start:.1f} s", file=sys.stderr)
-    latest.values.append(slowest if statuses == [200] else None)
+    slowest_ms = max(load.max_us for load in loads) / 1000
+    print(f"  compact: took {time.monotonic() - start:.1f} s, latest answer {slowest_ms:.0f} ms, "
+          f"before {max(load.max_us for load in before.values()) / 1000:.0f} ms", file=sys.stderr)
+    counts = statuses == [200] and not any(load.bad for load in loads)
+    latest.values.append(slowest_ms if counts else None)
     child.stop()
 
 
