@@ -90,6 +90,8 @@ COMPACT_DEAD_BYTES = 16 * MIB    # below this, dead bytes are not worth a rewrit
 COMPACT_DEAD_LOW_BYTES = 64 * KIB            # the same while the disk is nearly full
 COMPACT_LOCKED_BYTES = MIB       # the rest that compaction copies while it holds the lock
 COMPACT_SLICE_S = 0.001          # a busy thread starves all others: work this long, then sleep
+COMPACT_SYNC_BYTES = MIB         # more at once would keep the disk from those who put
+COMPACT_SLEEP_S = 0.002
 COMPACT_RETRY_S = 60             # after a failed compaction
 MAX_MESSAGE_BYTES = 256 * MIB    # highest `max_message_bytes`: a message is held in memory
 REQUEST_LINE_BYTES = 8 * KIB
@@ -104,6 +106,7 @@ RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
 REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
 POLL_S = 1                       # how often idle connections are looked through
 POLL_EVENTS = 64                 # ready connections of one poll
+PAUSE_S = 0.01                   # between looks at something that another thread is about to end
 SPARE_THREADS = 8                # threads that are kept while they have nothing to do
 THREAD_STACK_BYTES = 512 * KIB   # the default of 8 MiB is address space for nothing
 
@@ -525,8 +528,8 @@ class Log:
     lock below). Invariants:
     1. `tail` is the end of the last whole record; nothing is ever written below it.
     2. `appends` and `durable` count appends and only grow; `durable <= appends`.
-    3. `fd` changes only under both the owner's lock and `_commit`; a descriptor that a sync
-       may still use is closed by that sync.
+    3. `fd` changes only under both the owner's lock and `_commit`; a replaced descriptor is
+       closed by `close_replaced` once no sync may still use it.
     4. Once `failure` is set nothing is written, synced or answered any more.
     """
 
@@ -548,7 +551,7 @@ class Log:
         self._leading = False                # a thread syncs for those who wait
         self._followers: List[Tuple[int, Callable[[Optional[LogFailed]], None]]] = []
         self._syncing = 0                    # threads in fdatasync
-        self._retired: List[int] = []        # replaced descriptors that a sync may still use
+        self._retired: List[int] = []        # replaced descriptors, not yet closed
 
     # -- opening
 
@@ -623,6 +626,7 @@ class Log:
         for records in batches:
             fresh.append(records)
         self.replace_with(fresh)
+        self.close_replaced()
 
     def _take_over(self) -> None:
         """Rewrite the Go server's folder; both its files are kept as `.legacy`.
@@ -864,11 +868,17 @@ class Log:
             self.sync_seconds += time.perf_counter() - started
             self.durable = max(self.durable, target)
             self._syncing -= 1
-            retired: List[int] = []
-            if not self._syncing:
-                retired, self._retired = self._retired, retired
-        for old in retired:
-            self._close(old)
+
+    def close_replaced(self) -> None:
+        """Close descriptors of replaced files; slow, for that frees a whole file's space."""
+        while self._retired:
+            with self._commit:
+                old = [] if self._syncing else self._retired
+                self._retired = self._retired if self._syncing else []
+            for fd in old:
+                self._close(fd)
+            if self._retired:
+                time.sleep(PAUSE_S)          # a sync may still use it (invariant 3)
 
     # -- replacing
 
@@ -915,11 +925,7 @@ class Log:
             old, self.fd = self.fd, fresh.fd
             self.codec, self.tail, self.damaged = fresh.codec, fresh.tail, set()
             self.durable = self.appends
-            in_use = self._syncing > 0
-            if in_use:
-                self._retired.append(old)
-        if not in_use:
-            self._close(old)
+            self._retired.append(old)
 
     def _check_ownership(self) -> None:
         """Raise unless the lock still holds and nobody else's log stands at our path.
@@ -942,6 +948,7 @@ class Log:
 
     def close(self) -> None:
         """Let go of the file and its lock. Does not sync."""
+        self.close_replaced()
         if self.fd >= 0:
             self._close(self.fd)
             self.fd = -1
@@ -1726,6 +1733,7 @@ class Queue:
                 raise CompactionFailed(str(error)) from None
             self._bookmark_tail = 0
             self.compactions_total += 1
+        self.log.close_replaced()
         self.bookmark()
 
 
@@ -1745,6 +1753,7 @@ class Compaction:
         self._state = State(self._fresh)
         self._holes: Dict[str, List[List[int]]] = {}     # by subscriber, runs it has settled
         self._damaged = False
+        self._synced = 0                     # bytes of the new log that are on disk
 
     def run(self) -> None:
         try:
@@ -1820,6 +1829,9 @@ class Compaction:
 
     def _write(self, records: Iterable[Record]) -> None:
         records = list(records)
+        if self._fresh.tail - self._synced >= COMPACT_SYNC_BYTES:
+            self._synced = self._fresh.tail
+            self._fresh.sync()
         if records:
             for record, (offset, size) in zip(records, self._fresh.append(records)):
                 self._state.apply(record, offset, size)
@@ -1968,7 +1980,7 @@ class Broker:
               bytes_after=queue.log.tail, seconds=round(time.monotonic() - started, 3))
 
     def _pacer(self) -> Callable[[], None]:
-        """Return what compaction calls often: it works for a slice, then sleeps as long."""
+        """Return what compaction calls often: it works for a slice, then sleeps for longer."""
         started = time.perf_counter()
 
         def pause() -> None:
@@ -1976,7 +1988,7 @@ class Broker:
             if self._stopping.is_set():
                 raise CompactionFailed("the server is stopping")
             if time.perf_counter() - started >= COMPACT_SLICE_S:
-                time.sleep(COMPACT_SLICE_S)
+                time.sleep(COMPACT_SLEEP_S)
                 started = time.perf_counter()
         return pause
 
