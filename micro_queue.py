@@ -2495,6 +2495,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (OSError, ApiError):          # the client is gone, or late with a body that
             self.close()                     # was refused already: nothing to tell it
             return
+        except LogFailed as failure:
+            self.server.storage_failed(failure)
         self.server.resume(self)
 
     def close(self) -> None:
