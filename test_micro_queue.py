@@ -155,6 +155,124 @@ def payloads(queue):
     return [payload for _, payload in drain(queue)]
 
 
+class Ledger:
+    """What was sent, answered, delivered and settled, through any number of faults.
+
+    The yardstick of every harness: `faults` names each message that was lost, made up, altered,
+    delivered out of order, or delivered again without a reason. Times are counts of events. A
+    consumer is whoever has one delivery at a time: a connection, or a thread. Thread-safe."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+        self._now = 0
+        self._sent, self._answered, self._refused = {}, {}, set()
+        self._payload_of = {}                # id: payload
+        self._highest = 0                    # id that anyone was told
+        self._highest_when_sent = {}
+        self._out = {}                       # payload: [consumer, settled at or None]
+        self._open = {}                      # consumer: payloads of its last delivery
+        self._since_fault = set()            # payloads that were delivered since
+        self._last_id = {}                   # consumer: the last first delivery since the fault
+        self._synced = 0                     # what was settled before is durable
+        self._found = []
+
+    def _event(self):
+        self._now += 1
+        return self._now
+
+    # -- producers
+
+    def sending(self, payload):
+        """A put is about to begin; every payload is sent once."""
+        with self._lock:
+            self._sent[payload] = self._event()
+            self._highest_when_sent[payload] = self._highest
+
+    def accepted(self, payload, message_id, durable=True):
+        """The put was answered 200; if `durable`, all that was settled before it is too."""
+        with self._lock:
+            self._answered[payload] = message_id
+            self._name(message_id, payload)
+            if message_id <= self._highest_when_sent[payload]:
+                self._found.append(f"id {message_id} of {payload[:40]!r} was told before its put")
+            if durable:
+                self._synced = max(self._synced, self._sent[payload])
+
+    def refused(self, payload):
+        """The put was answered with an error: nothing may come of it."""
+        with self._lock:
+            self._refused.add(payload)
+
+    def _name(self, message_id, payload):
+        if self._payload_of.setdefault(message_id, payload) != payload:
+            self._found.append(f"id {message_id} was used for {payload[:40]!r} and for "
+                               f"{self._payload_of[message_id][:40]!r}")
+        self._highest = max(self._highest, message_id)
+
+    # -- consumers
+
+    def delivered(self, consumer, payload, message_id, count=1):
+        with self._lock:
+            if payload not in self._sent:
+                self._found.append(f"made up or altered: {message_id} {payload[:40]!r}")
+            elif payload in self._refused:
+                self._found.append(f"refused, yet delivered: {message_id} {payload[:40]!r}")
+            self._name(message_id, payload)
+            before = self._out.get(payload)
+            if before and (before[1] is not None or (count == 1 and before[0] is not None)):
+                self._found.append(f"duplicated: {message_id} {payload[:40]!r}")
+            if before is None and count == 1:
+                if message_id < self._last_id.get(consumer, 0):
+                    self._found.append(f"out of order: {message_id} after "
+                                       f"{self._last_id[consumer]} at {consumer}")
+                self._last_id[consumer] = message_id
+            self._out[payload] = [consumer, None]
+            self._since_fault.add(payload)
+            self._open.setdefault(consumer, []).append(payload)
+
+    def settled(self, consumer):
+        """What the consumer was delivered is known to be settled."""
+        with self._lock:
+            now = self._event()
+            for payload in self._open.pop(consumer, ()):
+                self._out[payload][1] = now
+
+    def returned(self, consumer):
+        """What the consumer was delivered is known to have been put back."""
+        with self._lock:
+            for payload in self._open.pop(consumer, ()):
+                self._out[payload] = [None, None]
+
+    def synced(self):
+        """All that was settled so far is durable."""
+        with self._lock:
+            self._synced = self._event()
+
+    # -- faults
+
+    def fault(self, power_cut=False):
+        """The server ended; after a power cut, settlements that were not synced may be gone."""
+        with self._lock:
+            self._open.clear()
+            self._last_id.clear()
+            while self._since_fault:
+                out = self._out[self._since_fault.pop()]
+                if out[1] is None or (power_cut and out[1] >= self._synced):
+                    out[:] = [None, None]
+
+    def faults(self, drained=True):
+        """Return what went wrong, as lines; `drained` if every message was taken since."""
+        with self._lock:
+            lost = [f"lost: {message_id} {payload[:40]!r}"
+                    for payload, message_id in self._answered.items()
+                    if drained and payload not in self._out]
+            return self._found + lost
+
+    def __str__(self):
+        return (f"{len(self._sent)} sent, {len(self._answered)} answered, "
+                f"{len(self._out)} delivered")
+
+
 # ---- Config -------------------------------------------------------------------------------
 
 class ConfigTest(unittest.TestCase):
