@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 
 import micro_queue as mq
 
@@ -925,6 +926,532 @@ class CompactionTest(Folder):
         self.assertTrue(queue.wants_compaction())
         queue.compact()
         self.assertEqual(payloads(self.crash()), [b"a", b"b"])
+
+
+# ---- Crash states -------------------------------------------------------------------------
+# Every disk that a power cut may leave, at every point of a run, through the real recovery.
+# `TORTURE=1 python3 -m unittest` tries all states and many more random runs; SEED chooses them.
+
+SEED = int(os.environ.get("SEED", "1"))
+TORTURE = bool(os.environ.get("TORTURE"))
+TEAR_BYTES = (512, 4096)                     # what disks and file systems write at once
+
+
+class Recorder(mq.Storage):
+    """Does every call for real and notes, in one order, those that change the disk.
+
+    `calls` also holds what the ledger is to know, as ("ledger", method, *arguments). A sync
+    covers what was written before it began. `broken` names calls that are only claimed."""
+
+    def __init__(self, broken=()):
+        self.calls, self.broken = [], broken
+        self.lock = threading.RLock()
+        self.numbers, self.paths = {}, {}    # number of a file by its path, and by descriptor
+        self.short_by = 0                    # the next write falls short by so much
+
+    def note(self, *call):
+        with self.lock:
+            self.calls.append(call)
+
+    def tell(self, method, *arguments):
+        self.note("ledger", method, *arguments)
+
+    def adopt(self, folder):
+        """Start from what stands in a folder, all of it on disk."""
+        by_inode = {}
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            inode = os.stat(path).st_ino
+            if inode in by_inode:
+                self.numbers[path] = by_inode[inode]
+                self.note("name", path, self.numbers[path])
+                continue
+            by_inode[inode] = self._create(path)
+            with open(path, "rb") as file:
+                self.note("write", self.numbers[path], file.read(), 0)
+            self.note("begin_sync", self.numbers[path])
+            self.note("end_sync", self.numbers[path])
+        self.note("sync_names")
+        self.note("ready")
+
+    def _create(self, path):
+        self.numbers[path] = len(self.calls) + 1
+        self.note("create", path, self.numbers[path])
+        return self.numbers[path]
+
+    def open(self, path, flags, mode=0o777):
+        with self.lock:
+            existed = os.path.lexists(path)
+            fd = os.open(path, flags, mode)
+            if not flags & os.O_DIRECTORY:
+                if not existed:
+                    self._create(path)
+                elif flags & os.O_TRUNC:
+                    self.note("truncate", self.numbers[path], 0)
+                self.paths[fd] = self.numbers[path]
+            else:
+                self.paths[fd] = None
+            return fd
+
+    def pwrite(self, fd, data, offset):
+        with self.lock:
+            data, self.short_by = data[:len(data) - self.short_by], 0
+            self.note("write", self.paths[fd], bytes(data), offset)
+            return os.pwrite(fd, data, offset)
+
+    def fdatasync(self, fd):
+        if "fdatasync" not in self.broken:
+            self._sync(fd)
+
+    def fsync(self, fd):
+        if self.paths[fd]:
+            self._sync(fd)
+        elif "folder" not in self.broken:
+            self.note("sync_names")
+
+    def _sync(self, fd):
+        number = self.paths[fd]
+        self.note("begin_sync", number)
+        time.sleep(0)                        # others may write meanwhile
+        self.note("end_sync", number)
+
+    def truncate(self, fd, size):
+        if "truncate" not in self.broken:
+            with self.lock:
+                self.note("truncate", self.paths[fd], size)
+                os.ftruncate(fd, size)
+
+    def rename(self, source, target):
+        with self.lock:
+            os.rename(source, target)
+            self.numbers[target] = self.numbers.pop(source)
+            self.note("rename", source, target)
+
+    def link(self, source, target):
+        with self.lock:
+            os.link(source, target)
+            self.numbers[target] = self.numbers[source]
+            self.note("name", target, self.numbers[source])
+
+    def unlink(self, path):
+        with self.lock:
+            os.unlink(path)
+            self.numbers.pop(path, None)
+            self.note("unlink", path)
+
+
+class Disk:
+    """What of a run's calls is certainly on disk, and what may be."""
+
+    def __init__(self):
+        self.synced, self.names = {}, {}     # number: bytes; path: number
+        self.pending = []                    # [number, kind, *what] in order
+        self.pending_names = []
+        self.begun = {}                      # number: writes that a sync under way covers
+
+    def apply(self, kind, *rest):
+        if kind == "create":
+            self.synced[rest[1]] = b""
+            self.pending_names.append(("name", *rest))
+        elif kind in ("write", "truncate"):
+            self.pending.append((rest[0], kind, *rest[1:]))
+        elif kind == "begin_sync":
+            self.begun[rest[0]] = [call for call in self.pending if call[0] == rest[0]]
+        elif kind == "end_sync":
+            covered = self.begun.pop(rest[0], ())
+            self.synced[rest[0]] = written(self.synced[rest[0]], covered)
+            self.pending = [call for call in self.pending
+                            if not any(call is done for done in covered)]
+        elif kind == "sync_names":
+            self.names, self.pending_names = named(self.names, self.pending_names), []
+        elif kind in ("name", "rename", "unlink"):
+            self.pending_names.append((kind, *rest))
+
+    def states(self, rng):
+        """Yield (what was kept, {path: (number, bytes)}) for each disk there may be now.
+
+        Of the names any first part is kept, as a journal would; of the writes, any choice."""
+        for count in range(len(self.pending_names) + 1):
+            names = named(self.names, self.pending_names[:count])
+            for what, calls in self.choices(rng):
+                files = {number: written(self.synced[number],
+                                         [call for call in calls if call[0] == number])
+                         for number in set(names.values())}
+                state = {path: (number, files[number]) for path, number in names.items()}
+                yield f"{what}, {count} of {len(self.pending_names)} names", state
+                if what in ("all writes", "no writes"):
+                    yield from longer(what, state, rng)
+
+    def choices(self, rng):
+        """Yield (what is kept, its calls) for what was not synced."""
+        calls = self.pending
+        yield "all writes", calls
+        if not calls:
+            return
+        for at in range(len(calls)):
+            yield (f"the first {at} writes" if at else "no writes"), calls[:at]
+            yield f"all writes but number {at}", calls[:at] + calls[at + 1:]
+            yield f"write {at} alone", [calls[at]]
+            for what, torn in tears(calls[at]):
+                yield f"write {at} {what}", [*calls[:at], torn, *calls[at + 1:]]
+        for _ in range(3):
+            kept = [at for at in range(len(calls)) if rng.random() < 0.5]
+            yield f"writes {kept}", [calls[at] for at in kept]
+
+
+def written(content, calls):
+    """Return a file's bytes after its writes and truncates."""
+    data = bytearray(content)
+    for _, kind, *rest in calls:
+        if kind == "truncate":
+            size = rest[0]
+            data[size:] = bytes(max(0, size - len(data)))
+        else:
+            piece, offset = rest
+            data.extend(bytes(max(0, offset - len(data))))
+            data[offset:offset + len(piece)] = piece
+    return bytes(data)
+
+
+def named(names, calls):
+    """Return the names of a folder after its changes."""
+    names = dict(names)
+    for kind, *rest in calls:
+        if kind == "name":
+            names[rest[0]] = rest[1]
+        elif kind == "rename":
+            names[rest[1]] = names.pop(rest[0])
+        else:
+            names.pop(rest[0], None)
+    return names
+
+
+def tears(call):
+    """Yield (what, call) for a write of which only the start or only the end was written."""
+    number, kind, *rest = call
+    if kind != "write":
+        return
+    data, offset = rest
+    for size in TEAR_BYTES:
+        at = size - offset % size            # the first border within the write
+        if at < len(data):
+            yield f"torn: only its start up to {size}", (number, kind, data[:at], offset)
+            yield f"torn: only its end from {size}", (number, kind, data[at:], offset + at)
+
+
+def longer(what, state, rng):
+    """Yield the state with its log longer than it was: zeros, garbage, or its own old bytes."""
+    for path, (number, data) in state.items():
+        if path.endswith("data.log") and data:
+            tails = {"zeros": bytes(700), "garbage": rng.randbytes(700), "old bytes": data[-700:]}
+            for kind, tail in tails.items():
+                yield f"{what}, then {kind}", {**state, path: (number, data + tail)}
+
+
+class QuickStorage(mq.Storage):
+    """Storage without syncs, for states that no power cut follows."""
+
+    def fdatasync(self, fd):
+        pass
+
+    fsync = fdatasync
+
+
+class UnseededCodec(mq.Codec):
+    """Records whose crc tells neither the log nor the place."""
+
+    def __init__(self, log_id, marker, next_id):
+        super().__init__(bytes(16), marker, next_id)
+
+    def encode(self, record, offset):
+        return super().encode(record, 0)
+
+    def decode(self, data, at, size, offset):
+        return super().decode(data, at, size, 0)
+
+
+class User:
+    """Uses a queue on a recording storage and tells the ledger of it."""
+
+    def __init__(self, queue, storage, name="m"):
+        self.queue, self.storage, self.name = queue, storage, name
+        self.puts = 0
+
+    def _payload(self, size):
+        self.puts += 1
+        payload = b"%s%d " % (self.name.encode(), self.puts)
+        self.storage.tell("sending", payload + b"x" * size)
+        return payload + b"x" * size
+
+    def put(self, size=0, count=1):
+        payloads = [self._payload(size) for _ in range(count)]
+        first = self.queue.put(payloads)
+        for number, payload in enumerate(payloads):
+            self.storage.tell("accepted", payload, first + number)
+
+    def put_bytes(self, payload):
+        self.storage.tell("sending", payload)
+        self.storage.tell("accepted", payload, self.queue.put([payload]))
+
+    def refused_put(self, count, short_by):
+        """A put that the disk has no room for. A power cut may still bring it back, until the
+        next put is durable: so that comes first, then the refusal counts."""
+        payloads = [self._payload(200) for _ in range(count)]
+        self.storage.short_by = short_by
+        with contextlib.suppress(mq.ApiError):
+            self.queue.put(payloads)
+            raise AssertionError("a short write was answered")
+        self.put()
+        for payload in payloads:
+            self.storage.tell("refused", payload)
+
+    def take(self, settle=True):
+        delivery = self.queue.take()
+        if delivery:
+            for message in delivery.messages:
+                self.storage.tell("delivered", self.name, message.payload, message.id,
+                                  message.delivery)
+            (self.queue.settle if settle else self.queue.retry)(delivery)
+            self.storage.tell("settled" if settle else "returned", self.name)
+
+    def bookmark(self):
+        self.queue.bookmark()
+        self.storage.tell("synced")
+
+    def compact(self):
+        self.queue.compact()
+        self.storage.tell("synced")
+
+
+class CrashStateTest(Folder):
+    """A scenario gets a Recorder and uses a queue; `faults_of` tries all that may be left."""
+
+    def setUp(self):
+        super().setUp()
+        shm = "/dev/shm"
+        if os.access(shm, os.W_OK):          # thousands of small folders: not on a disk
+            self.base = tempfile.mkdtemp(prefix="mq-test-", dir=shm)
+            self.addCleanup(shutil.rmtree, self.base, ignore_errors=True)
+        self.rng = random.Random(SEED)
+        self.tried = 0
+
+    # -- exploring
+
+    def faults_of(self, scenario, share=1.0, broken=(), nested=0.0):
+        """Return a text about the smallest state that shows a fault, None without any."""
+        shutil.rmtree(self.folder(), ignore_errors=True)
+        storage = Recorder(broken)
+        scenario(storage)
+        self.drop()
+        return self.explore(storage.calls, [], share, nested)
+
+    def explore(self, calls, before, share, nested=0.0):
+        disk, marks, seen = Disk(), list(before), set()
+        ready = not any(call[0] == "ready" for call in calls)
+        for number, call in enumerate(calls):
+            ready = ready or call[0] == "ready"
+            if call[0] == "ledger":
+                marks.append(call[1:])
+                continue
+            disk.apply(*call)
+            found = []
+            for what, state in disk.states(self.rng) if ready else ():
+                key = len(marks), hash(tuple(sorted(state.items())))
+                if key not in seen and (self.rng.random() < share):
+                    seen.add(key)
+                    found += self.faults_in(what, state, marks, nested)
+            if found:
+                _, text = min(found)
+                return f"seed {SEED}, after call {number} of {len(calls)}, {call[:2]}: {text}"
+        return None
+
+    def faults_in(self, what, state, marks, nested):
+        self.tried += 1
+        faults = self.check(state, marks)
+        if not faults and self.rng.random() < nested:
+            again = self.cut_recovery(state, marks)
+            faults = [f"when the recovery is cut: {again}"] if again else []
+        size = sum(len(data) for _, data in state.values())
+        files = {os.path.basename(path): len(data) for path, (_, data) in state.items()}
+        return [(size, f"{what}: {files}: {faults}")] if faults else []
+
+    def restore(self, state, name="state"):
+        shutil.rmtree(self.folder(name), ignore_errors=True)
+        os.makedirs(self.folder(name), 0o700)
+        made = {}
+        for path, (number, data) in state.items():
+            target = os.path.join(self.folder(name), os.path.basename(path))
+            if number in made:
+                os.link(made[number], target)
+                continue
+            made[number] = target
+            with open(target, "wb") as file:
+                file.write(data)
+
+    def cut_recovery(self, state, marks):
+        """Explore the recovery of a state as a run of its own."""
+        self.restore(state, "nested")
+        storage = Recorder()
+        storage.adopt(self.folder("nested"))
+        queue = self.open("nested", fsync="always", storage=storage)
+        User(queue, storage, "nested").put()
+        self.drop()
+        return self.explore(storage.calls, [*marks, ("fault", True)], 0.3)
+
+    def check(self, state, marks):
+        """Return the faults that the next starts show: put, kill, start, drain, start again."""
+        self.restore(state)
+        ledger = Ledger()
+        for method, *arguments in marks:
+            getattr(ledger, method)(*arguments)
+        ledger.fault(power_cut=True)
+        options = {"storage": QuickStorage(), "fsync": "always"}
+        try:
+            queue = self.open("state", **options)
+            ledger.sending(b"later")
+            ledger.accepted(b"later", queue.put([b"later"]))
+            faults = []
+            for consumer in ("first drain", "second drain"):
+                faults += self.drain_into(ledger, consumer, self.crash(name="state", **options))
+            self.drop()
+        except (mq.StorageError, mq.LogFailed, OSError) as error:
+            return [f"does not start: {error}"]
+        return faults + ledger.faults()
+
+    @staticmethod
+    def drain_into(ledger, consumer, queue):
+        faults, last = [], 0
+        for delivery in iter(queue.take, None):
+            message = delivery.messages[0]
+            ledger.delivered(consumer, message.payload, message.id, message.delivery)
+            queue.settle(delivery)
+            ledger.settled(consumer)
+            faults += [f"{message.id} came after {last}"] if message.id <= last else []
+            last = message.id
+        return faults
+
+    # -- scenarios
+
+    def user(self, storage, **options):
+        return User(self.open(fsync="always", storage=storage, **options), storage)
+
+    def used(self, storage):
+        """First start in an empty folder, then everything that a queue does."""
+        user = self.user(storage)
+        user.put(count=3)
+        user.take()
+        user.put(600)
+        user.take(settle=False)
+        user.put_bytes(self.read_log())      # what looks like records must not become some
+        user.bookmark()
+        user.take()
+        user.compact()
+        user.put(5000)
+        user.take()
+        user.put()
+
+    def short_of_space(self, storage):
+        """A batch that the disk takes only a part of, then what fits, over its remains."""
+        user = self.user(storage)
+        user.put()
+        user.refused_put(3, short_by=100)
+        user.take()
+        user.put()
+
+    def together(self, storage):
+        """Puts at the same time, which share syncs, beside takes."""
+        queue = self.open(fsync="always", storage=storage)
+        users = [User(queue, storage, name) for name in "mno"]
+
+        def work(user):
+            for number in range(3):
+                user.put(number)
+            user.take()
+
+        threads = [threading.Thread(target=work, args=(user,)) for user in users]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def recovered(self, storage):
+        """A start from what a kill left: a bookmark, damage in the middle, a torn tail."""
+        first = Recorder()
+        user = self.user(first)
+        user.put(count=3)
+        user.take()
+        user.bookmark()
+        end = user.queue.log.tail
+        user.put()
+        user.put()
+        self.drop()
+        with open(self.log_path(), "r+b") as file:
+            file.seek(end + 4)
+            file.write(b"damage")
+            file.seek(0, os.SEEK_END)
+            file.write(b"torn" * 40)
+        marks = [call[1:] for call in first.calls if call[0] == "ledger"]
+        damaged = [mark for mark in marks if mark[1:2] != (b"m4 ",)]
+        for method, *arguments in damaged:
+            storage.tell(method, *arguments)
+        storage.tell("fault", True)
+        storage.adopt(self.folder())
+        User(self.open(fsync="always", storage=storage), storage, "again").put()
+
+    def taken_over(self, storage):
+        """A folder of the Go server."""
+        items = [b"m%d" % number for number in range(4)]
+        data = b"".join(struct.pack(">Q", len(item)) + item for item in items)
+        self.write_log(data)
+        self.put_meta({"head_offset": 10, "tail_offset": len(data)})
+        for number, item in enumerate(items):
+            storage.tell("sending", item)
+            if number:
+                storage.tell("accepted", item, number)
+        storage.adopt(self.folder())
+        self.user(storage).put()
+
+    def random_run(self, storage):
+        """Any order of what a queue does, kills and starts among it."""
+        user = self.user(storage)
+        acts = [*[lambda: user.put(self.rng.choice((0, 100, 700)), self.rng.choice((1, 1, 4)))] * 4,
+                *[lambda: user.take(self.rng.random() < 0.7)] * 5, lambda: user.bookmark(),
+                lambda: user.compact(), lambda: user.refused_put(2, 150)]
+        for _ in range(12):
+            self.rng.choice(acts)()
+            if self.rng.random() < 0.1:
+                user.queue = self.crash(fsync="always", storage=storage)
+                storage.tell("fault")
+
+    def test_no_power_cut_loses_repeats_or_makes_up_a_message(self):
+        for scenario, share in ((self.used, 0.4), (self.short_of_space, 0.5),
+                                (self.together, 0.4), (self.recovered, 1), (self.taken_over, 1)):
+            with self.subTest(scenario=scenario.__name__):
+                self.tried = 0
+                fault = self.faults_of(scenario, 1 if TORTURE else share,
+                                       nested=0.1 if TORTURE else 0.01)
+                self.assertIsNone(fault)
+                self.assertGreater(self.tried, 50)
+
+    def test_no_power_cut_after_a_random_run_does_either(self):
+        for run in range(500 if TORTURE else 6):
+            with self.subTest(run=run):
+                self.assertIsNone(self.faults_of(self.random_run, 1 if TORTURE else 0.05))
+
+    # Controls: the same without one of the means, which must then be missed.
+
+    def test_a_sync_that_does_nothing_is_reported(self):
+        for call in ("fdatasync", "folder"):
+            with self.subTest(left_out=call):
+                self.assertRegex(self.faults_of(self.used, broken=(call,)), "lost|told")
+
+    def test_a_short_write_that_is_not_cut_off_is_reported(self):
+        self.assertRegex(self.faults_of(self.short_of_space, broken=("truncate",)),
+                         "refused, yet delivered|was used for")
+
+    def test_a_crc_that_does_not_tell_its_place_is_reported(self):
+        with unittest.mock.patch.object(mq, "Codec", UnseededCodec):
+            self.assertRegex(self.faults_of(self.used), "duplicated")
 
 
 # ---- HTTP ---------------------------------------------------------------------------------
