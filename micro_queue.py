@@ -1834,6 +1834,7 @@ class Compaction:
             self._fresh.sync()
         if records:
             for record, (offset, size) in zip(records, self._fresh.append(records)):
+                self._fresh.tail = offset + size     # nothing is read ahead of what is applied
                 self._state.apply(record, offset, size)
 
     def _switch_locked(self) -> None:

@@ -904,6 +904,19 @@ class CompactionTest(Folder):
         taken += payloads(self.crash())
         self.assertEqual(sorted(taken), [b"%05d" % n for n in range(puts[0])])
 
+    def test_what_came_while_the_queue_was_nearly_empty_is_still_given(self):
+        for steps in range(100, 200, 7):
+            queue = self.open(f"q{steps}")
+            compaction = mq.Compaction(queue, lambda: None)
+            for _ in range(steps):
+                queue.put([b"taken" * 40])
+                queue.settle(queue.take())
+            waiting = [b"%05d" % n * 1000 for n in range(250)]
+            for payload in waiting:
+                queue.put([payload])
+            compaction.run()
+            self.assertTrue(payloads(queue) == waiting, steps)
+
     def test_any_failure_before_the_rename_keeps_the_old_log(self):
         for call, failure in (("fsync", errno.EIO), ("pwrite", errno.ENOSPC),
                               ("pwrite", errno.EIO), ("rename", errno.EIO)):
