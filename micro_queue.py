@@ -915,12 +915,17 @@ class Log:
             raise self.failure
         self.storage.fsync(fresh.fd)
         self._check_ownership()
-        self.storage.rename(self.path + TEMPORARY, self.path)
+        # Opened before the commit point: a lack of descriptors is no reason to end.
+        folder = self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            self.storage.fsync_folder(self.folder)
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._fail("replace", error)
+            self.storage.rename(self.path + TEMPORARY, self.path)
+            try:
+                self.storage.fsync(folder)
+                fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._fail("replace", error)
+        finally:
+            self.storage.close(folder)
         with self._commit:                   # invariant 3
             old, self.fd = self.fd, fresh.fd
             self.codec, self.tail, self.damaged = fresh.codec, fresh.tail, set()

@@ -78,6 +78,9 @@ class FailingStorage(mq.Storage):
     def truncate(self, *args):
         return self._call("truncate", os.ftruncate, *args)
 
+    def open(self, *args):
+        return self._call("open", os.open, *args)
+
     def rename(self, *args):
         return self._call("rename", os.rename, *args)
 
@@ -932,6 +935,17 @@ class CompactionTest(Folder):
             self.assertEqual(payloads(self.crash()), [b"b", b"c"])
             self.drop()
             shutil.rmtree(self.folder())
+
+    def test_a_lack_of_descriptors_before_the_rename_keeps_the_old_log(self):
+        storage = FailingStorage()
+        queue = self.filled(b"a", b"b", storage=storage)
+        compaction = mq.Compaction(queue, lambda: None)
+        storage.failing["open"] = errno.EMFILE
+        with self.assertRaises(OSError):
+            compaction.run()
+        self.assertIsNone(queue.log.failure)
+        queue.put([b"c"])
+        self.assertEqual(payloads(queue), [b"a", b"b", b"c"])
 
     def test_a_log_that_was_removed_is_put_back(self):
         queue = self.filled(b"a", b"b")
