@@ -2808,8 +2808,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = POLL_S) -> None:
         """Serve until `shutdown` is called."""
-        self._start_thread()
+        self.start()
         self._stopped.wait()
+
+    def start(self) -> None:
+        """Serve from now on, in threads of its own. Raises RuntimeError if there is none."""
+        self._start_thread()
 
     def shutdown(self) -> None:
         """Have `serve_forever` return; connections are served until `server_close`."""
@@ -3084,8 +3088,11 @@ def run(config: Config) -> int:
     broker.lock()
     warn_about(config.settings.path)
     server = Server(config, broker)
-    threading.Thread(target=server.serve_forever, name="serve", daemon=True).start()
-    broker.recover()
+    try:
+        server.start()
+        broker.recover()
+    except RuntimeError as error:            # what threading raises for want of a thread
+        raise OSError(f"cannot start: {error}") from error
     server.unready = None
     host, port = server.server_address[:2]
     event(logging.INFO, "serving", address=host, port=port, path=config.settings.path,

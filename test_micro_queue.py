@@ -2093,6 +2093,19 @@ class ProcessTest(Folder):
         self.assertEqual(process.wait(10), 4)
         self.assertNotIn(b"Traceback", process.stderr.read())
 
+    def test_a_start_without_threads_ends_with_one_line(self):
+        code = (
+            "import sys, threading\n"
+            f"sys.argv = ['x', '-c', {self.config()!r}]; sys.path.insert(0, {HERE!r})\n"
+            "import micro_queue as mq\n"
+            "def fail(thread): raise RuntimeError('no thread')\n"
+            "threading.Thread.start = fail\n"
+            "sys.exit(mq.main())\n")
+        done = subprocess.run([sys.executable, "-c", code], timeout=20, capture_output=True)
+        self.assertEqual(done.returncode, 3)
+        self.assertTrue(done.stderr.endswith(b"\nmicro_queue: cannot start: no thread\n"))
+        self.assertNotIn(b"Traceback", done.stderr)
+
     @unittest.skipUnless(os.geteuid() == 0, "mounting a tmpfs needs root")
     def test_a_full_disk_refuses_puts_until_there_is_space_again(self):
         data = os.path.join(self.base, "data")
