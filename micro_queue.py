@@ -33,9 +33,9 @@ Storage: `<path>/<queue>/data.log` is the truth, `meta.json` only a bookmark int
 Every change of state goes one way: validate, append, apply to memory, let go of the lock,
 wait until durable, answer. Recovery applies the same records through the same function.
 
-Lock order: Queue._maintenance, Queue.lock, Log._commit; Server._pool stands alone. Never two
-queues' locks at once, and no lock that a take needs is held while a disk syncs, but for the
-last step of a compaction.
+Lock order: Queue._maintenance, Queue.lock, Log._one_sync, Log._commit; Server._pool stands
+alone. Never two queues' locks at once, and no lock that a take needs is held while a disk
+syncs, but for the last step of a compaction.
 
 Contents: Constants and errors, Config, Records, Log, Subscription, Queue, Broker, Metrics,
 HTTP, Server, main.
@@ -547,6 +547,7 @@ class Log:
         self.damaged: Set[int] = set()       # offsets in this log that were reported
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
+        self._one_sync = threading.Lock()    # taken before `_commit`
         self._commit = threading.Lock()      # guards what follows, `durable`, `appends`, `fd`
         self._leading = False                # a thread syncs for those who wait
         self._followers: List[Tuple[int, Callable[[Optional[LogFailed]], None]]] = []
@@ -853,21 +854,22 @@ class Log:
 
     def sync(self) -> None:
         """Block until all appends so far are on disk; raises LogFailed."""
-        with self._commit:
-            if self.failure:
-                raise self.failure
-            target, fd = self.appends, self.fd
-            self._syncing += 1
-        started = time.perf_counter()
-        try:
-            self.storage.fdatasync(fd)
-        except OSError as error:
-            self._fail("sync", error)
-        with self._commit:
-            self.syncs += 1
-            self.sync_seconds += time.perf_counter() - started
-            self.durable = max(self.durable, target)
-            self._syncing -= 1
+        with self._one_sync:                 # of two at once only one would be told of an error
+            with self._commit:
+                if self.failure:
+                    raise self.failure
+                target, fd = self.appends, self.fd
+                self._syncing += 1
+            started = time.perf_counter()
+            try:
+                self.storage.fdatasync(fd)
+            except OSError as error:
+                self._fail("sync", error)
+            with self._commit:
+                self.syncs += 1
+                self.sync_seconds += time.perf_counter() - started
+                self.durable = max(self.durable, target)
+                self._syncing -= 1
 
     def close_replaced(self) -> None:
         """Close descriptors of replaced files; slow, for that frees a whole file's space."""

@@ -723,6 +723,34 @@ class AppendTest(Folder):
             thread.join()
         self.assertEqual(len(failures), 8)
 
+    def test_a_failing_sync_fails_whoever_syncs_at_the_same_time(self):
+        class OnceTold(FailingStorage):
+            """As the kernel: of two syncs of one descriptor, one is told of the error."""
+
+            def fdatasync(self, fd):
+                if not first.acquire(blocking=False):
+                    second.set()
+                    return
+                second.wait(0.2)
+                raise OSError(errno.EIO, "broken")
+
+        queue = self.open(fsync="always")
+        first, second, failures = threading.Lock(), threading.Event(), []
+        queue.log.storage = OnceTold()
+
+        def sync():
+            try:
+                queue.log.sync()
+            except mq.LogFailed:
+                failures.append(1)
+
+        threads = [threading.Thread(target=sync) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(len(failures), 2)
+
 
 class LockTest(Folder):
     def test_a_folder_is_used_by_one_queue_at_a_time(self):
