@@ -1,0 +1,653 @@
+#!/usr/bin/env python3
+"""Full and failing disks, and no descriptors or threads left: nothing that was answered is lost.
+
+    python3 .ci/disks.py                             # every part once, for CI
+    python3 .ci/disks.py --long                      # more cycles of each
+    python3 .ci/disks.py --part full --seed 7        # some parts: see PARTS at the end
+
+A real server process works on file systems of a few MiB, under limits of the system, and where
+it cannot work at all. Proves: what does not fit is refused with 503 and Retry-After; takes go
+on, and give the room back; a disk that fails ends the process with status 4 and no 200 for what
+is not durable; a folder that cannot be used ends it with status 3 and one line; without
+descriptors or threads it pauses, and serves again afterwards. After each of these a restart
+finds all that was answered, once, in order, and no traceback is in its log.
+
+Needs Linux, root and e2fsprogs; what cannot run here is skipped. Folders are made in BENCH_DIR
+(default /var/tmp) and removed; that of a fault is kept and named.
+Exit code: 0 good or skipped, 1 a fault, 2 usage.
+"""
+import argparse
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from power_cuts import (BROKEN, MIB, QUEUE, SERVER, Answer, Disk, Fault, Payloads, Server, Skipped,
+                        Wire, check, need, put, run, take, work_folder)
+from test_micro_queue import ADMIN, Ledger
+
+KIB = 1 << 10
+TINY = {"tmpfs": 4 * MIB, "ext4": 8 * MIB}
+PRODUCERS = 4
+BALLAST_BYTES = 256 * KIB
+EATEN_BYTES = 16 * MIB           # more than the tiny disks have
+REFUSED_IN_A_ROW = 20            # puts of random sizes: then nothing fits any more
+RESUME_TIMEOUT_S = 20            # upkeep looks each second, a compaction of some MiB is quick
+END_TIMEOUT_S = 10
+PAUSE_S = 2                      # how long a pause is watched
+PAUSE_CPU_SHARE = 0.1            # of a core; a spin takes all of it
+HARD_THREADS = 1000
+SLOW_CLIENTS = 6                 # more than the threads that a quiet server has
+HALF_A_PUT = (f"POST /in/{QUEUE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n"
+              "Content-Length: 10\r\n\r\nhalf").encode()
+SOMEBODY = 54_321                # a user that nobody is: no process of another counts as theirs
+
+
+class Scene:
+    """A data folder, the server on it, and the ledger of its messages.
+
+    `logged` says that every settlement finds room in the log. Where a disk may be full to the
+    last byte, memory alone knows some of them until a compaction, and a kill forgets those; and
+    no compaction finds room to begin until somebody frees some: `ballast` is what to free.
+    """
+
+    def __init__(self, figures: "Figures", folder: str, path: str, rng: random.Random, *,
+                 logged: bool = True, settings: Optional[Dict[str, Any]] = None,
+                 **options: Any) -> None:
+        self.path, self.rng, self.ledger = path, rng, Ledger()
+        self._figures, self._folder = figures, folder
+        self._logged, self._options = logged, options
+        self._settings = {"fsync": "always", "min_free_bytes": 0, **(settings or {})}
+        self._payloads = [Payloads(f"p{number}", random.Random(rng.random()), 256 * KIB)
+                          for number in range(PRODUCERS)]
+        self._ballast = os.path.join(os.path.dirname(path), "ballast")
+        self.server: Optional[Server] = None
+
+    def __enter__(self) -> "Scene":
+        self.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
+        assert self.server
+        status = self.server.process.poll()
+        self.server.kill()
+        self._figures.answered += len(self.ledger._answered)
+        if isinstance(error, BROKEN):
+            raise Fault(f"{error!r}; the server's status was {status}, and it said: "
+                        f"{self.server.stderr()[-2000:]}")
+
+    # -- life
+
+    def start(self) -> None:
+        self.server = Server(self._folder, self.path, settings=self._settings, **self._options)
+        self.server.wait_ready()
+
+    def kill(self) -> None:
+        """Kill -9, and see that there was no traceback until then."""
+        assert self.server
+        self.server.kill()
+        self.server.check_log()
+        self.ledger.fault(power_cut=not self._logged)
+
+    def restart(self) -> None:
+        self.kill()
+        self._figures.restarts += 1
+        self.start()
+        check(self.ledger, drained=False)
+
+    def finish(self) -> None:
+        """A last restart, after which everything must be there."""
+        self.restart()
+        self.drain()
+        check(self.ledger, drained=True)
+        self.kill()
+
+    def expect_end(self, status: int) -> None:
+        """The process must end by itself."""
+        assert self.server
+        found = self.server.wait_end(END_TIMEOUT_S)
+        if found != status:
+            raise Fault(f"status {found} instead of {status}: {self.server.stderr()[-1000:]}")
+        self._figures.ends += 1
+        self.kill()
+
+    # -- messages
+
+    def wire(self) -> Wire:
+        assert self.server
+        return Wire(self.server.port)
+
+    def put(self, wire: Wire, number: int = 0) -> Answer:
+        """Put one message; 200, or 503 with the time to wait, is all there may be."""
+        answer = put(wire, self.ledger, self._payloads[number].next(), durable=self._logged)
+        if answer.status == 503:
+            self._figures.refused += 1
+        if (answer.status, answer.retry_after) not in ((200, ""), (503, "5")):
+            raise Fault(f"a put was answered {answer}")
+        return answer
+
+    def put_some(self, count: int = 50) -> None:
+        with self.wire() as wire:
+            for _ in range(count):
+                if self.put(wire).status != 200:
+                    raise Fault("a put was refused while there is room")
+
+    def fill(self) -> None:
+        """Put from several connections until nothing fits.
+
+        Where the disk may be full to the last byte, another program takes and frees the rest of
+        it meanwhile: what the server saw free is not there when it writes.
+        """
+        if not os.path.exists(self._ballast):
+            with open(self._ballast, "wb") as file:
+                file.write(bytes(BALLAST_BYTES))
+        if not self._logged:
+            with eaten(os.path.dirname(self.path)):
+                self._fill_all()
+        self._fill_all()
+
+    def _fill_all(self) -> None:
+        problems: List[BaseException] = []
+        threads = [threading.Thread(target=self._fill, args=(number, problems))
+                   for number in range(PRODUCERS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if problems:
+            raise problems[0]
+
+    def _fill(self, number: int, problems: List[BaseException]) -> None:
+        refused = 0
+        try:
+            with self.wire() as wire:
+                while refused < REFUSED_IN_A_ROW:
+                    refused = refused + 1 if self.put(wire, number).status == 503 else 0
+        except (Fault, *BROKEN) as problem:
+            problems.append(problem)
+
+    def drain(self, count: int = sys.maxsize) -> None:
+        with self.wire() as wire:
+            while count and take(wire, self.ledger, "drain").status == 200:
+                count -= 1
+            wire.ask("GET", "/healthz")              # this too comes after the last settlement
+            self.ledger.settled("drain")
+
+    def compact(self) -> bool:
+        """Ask for a compaction; after it all that was settled is durable."""
+        with self.wire() as wire:
+            answer = wire.ask("GET", f"/compact/{QUEUE}")
+        if answer.status == 200:
+            self.ledger.synced()
+        elif answer.status != 503:
+            raise Fault(f"a compaction was answered {answer}")
+        return answer.status == 200
+
+    def resume(self) -> None:
+        """Wait until puts are taken again, at times with the help of /compact."""
+        asks = not self._logged or self.rng.random() < 0.5
+        if not self._logged:
+            os.unlink(self._ballast)
+        deadline = time.monotonic() + RESUME_TIMEOUT_S
+        with self.wire() as wire:
+            while (asks and not self.compact()) or self.put(wire).status != 200:
+                if time.monotonic() > deadline:
+                    assert self.server
+                    raise Fault(f"puts are refused {RESUME_TIMEOUT_S} s after everything was "
+                                f"taken: {self.server.stderr()[-1000:]}")
+                time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def eaten(folder: str) -> Iterator[None]:
+    """Have a thread fill the disk and free it again, several times a second."""
+    over = threading.Event()
+
+    def eat() -> None:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            while not over.wait(0.05):
+                with contextlib.suppress(OSError):
+                    while file.tell() < EATEN_BYTES:
+                        os.write(file.fileno(), bytes(4 * KIB))
+                        file.seek(0, os.SEEK_END)
+                over.wait(0.05)
+                file.truncate(0)
+                file.seek(0)
+
+    thread = threading.Thread(target=eat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# ---- Full disks ---------------------------------------------------------------------------
+
+def cycle(scene: Scene) -> None:
+    """Full, half empty, full again, empty; with restarts between."""
+    scene.fill()
+    scene.restart()
+    scene.drain(scene.rng.randrange(1, 200))
+    if scene.rng.random() < 0.5:
+        scene.restart()
+    scene.fill()
+    scene.drain()
+    check(scene.ledger, drained=True)
+    if scene.rng.random() < 0.5:
+        scene.restart()
+        scene.drain()                        # what came back because only memory knew better
+    scene.resume()
+
+
+def full(part: "Part") -> None:
+    """File systems of a few MiB, filled to the brim or to min_free_bytes."""
+    cases = [("tmpfs", 0), ("ext4", MIB), ("ext4", 0), ("tmpfs", MIB)]
+    for kind, min_free in cases if part.cycles > 1 else cases[:2]:
+        with part.disk(kind, TINY[kind]) as (folder, disk), \
+                part.scene(folder, os.path.join(disk.path, "data"), logged=min_free > 0,
+                           settings={"min_free_bytes": min_free}) as scene:
+            for _ in range(part.cycles):
+                cycle(scene)
+            scene.finish()
+
+
+def file_size(part: "Part") -> None:
+    """A limit for the size of a file (RLIMIT_FSIZE)."""
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB))
+    with part.folder() as folder, part.scene(folder, os.path.join(folder, "data"), logged=False,
+                                             preexec_fn=limit) as scene:
+        for _ in range(part.cycles):
+            cycle(scene)
+        scene.finish()
+
+
+# ---- Failing disks ------------------------------------------------------------------------
+
+def put_until_end(scene: Scene) -> None:
+    """Put until the connection breaks; a 200 that is not kept is for the ledger to find."""
+    with contextlib.suppress(*BROKEN), scene.wire() as wire:
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while time.monotonic() < deadline:
+            scene.put(wire)
+
+
+def take_until_end(scene: Scene) -> None:
+    """Take until the connection breaks."""
+    with contextlib.suppress(*BROKEN), scene.wire() as wire:
+        while take(wire, scene.ledger, "taker").status == 200:
+            pass
+
+
+def error_trigger(disk: Disk) -> str:
+    """Return the file that makes an ext4 believe that it is damaged."""
+    source = run("findmnt", "-n", "-o", "SOURCE", disk.path).strip()
+    path = f"/sys/fs/ext4/{os.path.basename(source)}/trigger_fs_error"
+    if not os.path.exists(path):
+        raise Skipped(f"there is no {path}")
+    return path
+
+
+def read_only(part: "Part") -> None:
+    """A file system that turns read-only under the server, as one does that found an error."""
+    need("mkfs.ext4", "e2fsck", "findmnt")
+    for work in (put_until_end, take_until_end):
+        with part.disk("ext4", TINY["ext4"], "errors=remount-ro") as (folder, disk), \
+                part.scene(folder, os.path.join(disk.path, "data")) as scene:
+            scene.put_some()
+            with open(error_trigger(disk), "w", encoding="ascii") as file:
+                file.write("micro_queue")
+            work(scene)
+            scene.expect_end(4)
+            repair(disk)
+            scene.start()
+            scene.finish()
+
+
+def repair(disk: Disk) -> None:
+    """Unmount, repair, mount."""
+    disk.unmount()
+    done = subprocess.run(["e2fsck", "-fy", disk.image], capture_output=True, check=False)
+    if done.returncode not in (0, 1):        # 1: errors were corrected
+        raise Fault(f"e2fsck: {done.stdout.decode()[-500:]}")
+    disk.mount()
+
+
+def remount(part: "Part") -> None:
+    """A remount is refused while the log is open; afterwards a start ends with one line."""
+    for kind, size in TINY.items():
+        with part.disk(kind, size) as (folder, disk), \
+                part.scene(folder, os.path.join(disk.path, "data")) as scene:
+            scene.put_some()
+            with contextlib.suppress(OSError):           # "busy", and so it should be
+                run("mount", "-o", "remount,ro", disk.path)
+                put_until_end(scene)
+                scene.expect_end(4)
+                run("mount", "-o", "remount,rw", disk.path)
+                scene.start()
+            scene.put_some()
+            scene.kill()
+            run("mount", "-o", "remount,ro", disk.path)
+            part.refused(folder, scene.path)
+            part.refused(folder, os.path.join(disk.path, "other"))
+            run("mount", "-o", "remount,rw", disk.path)
+            scene.start()
+            scene.finish()
+
+
+# ---- Folders that cannot be used ----------------------------------------------------------
+
+def unusable(part: "Part") -> None:
+    """A file in the place of a folder, a folder in the place of a log."""
+    with part.folder() as folder:
+        with open(os.path.join(folder, "file"), "wb"):
+            pass
+        os.makedirs(os.path.join(folder, "data", QUEUE, "data.log"), mode=0o700)
+        for name in ("file", "file/data", "data"):
+            part.refused(folder, os.path.join(folder, name))
+
+
+def not_ours(part: "Part") -> None:
+    """A folder that another user owns, and one that may not be written."""
+    python = python_for_somebody()
+    with part.folder() as folder:
+        server = copy_server(folder)
+        locked, owned = os.path.join(folder, "locked"), os.path.join(folder, "owned")
+        for path in (locked, owned):
+            os.mkdir(path)
+        os.makedirs(os.path.join(owned, QUEUE))
+        os.chmod(os.path.join(owned, QUEUE), 0o777)
+        for path in (locked, owned):
+            part.refused(folder, path, command=(server,), python=python, user=SOMEBODY)
+
+
+def python_for_somebody() -> str:
+    """Return a Python that another user may run; ours may lie in root's home."""
+    need()
+    for python in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            code = "import sys; sys.exit(sys.version_info < (3, 9))"
+            if subprocess.run([python, "-c", code], user=SOMEBODY, check=False).returncode == 0:
+                return python
+    raise Skipped("no Python from 3.9 on that another user may run")
+
+
+def copy_server(folder: str) -> str:
+    """Copy the server to where another user may read it."""
+    path = os.path.join(folder, "micro_queue.py")
+    shutil.copy(SERVER, path)
+    os.chmod(path, 0o644)
+    return path
+
+
+# ---- No descriptors, no threads -----------------------------------------------------------
+
+def cpu_seconds(server: Server) -> float:
+    with open(f"/proc/{server.process.pid}/stat", encoding="ascii") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def watch_pause(server: Server) -> None:
+    """See that the server does not spin, neither on a core nor in its log."""
+    time.sleep(0.5)                          # for what is said once, at its begin
+    cpu, lines = cpu_seconds(server), server.stderr().count("\n")
+    time.sleep(PAUSE_S)
+    share = (cpu_seconds(server) - cpu) / PAUSE_S
+    if share > PAUSE_CPU_SHARE:
+        raise Fault(f"the server spins: {share:.0%} of a core while it should wait")
+    if server.stderr().count("\n") - lines > 10 * PAUSE_S:
+        raise Fault(f"the server fills its log: {server.stderr()[-500:]}")
+
+
+def connect(server: Server, count: int) -> List[socket.socket]:
+    """Open connections that stay idle; they are set up by the kernel, accepted or not."""
+    return [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(count)]
+
+
+def leave_descriptors(server: Server, spare: int) -> None:
+    """Limit a server's descriptors so that it has `spare` left."""
+    used = {int(name) for name in os.listdir(f"/proc/{server.process.pid}/fd")}
+    limit = 0
+    while spare or limit <= 3:
+        spare -= limit not in used
+        limit += 1
+    while limit in used:
+        limit += 1
+    hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def descriptors(part: "Part") -> None:
+    """Descriptors run out while the server runs."""
+    with part.folder() as folder, part.scene(folder, os.path.join(folder, "data")) as scene:
+        server = scene.server
+        assert server
+        limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        scene.put_some()
+        with scene.wire() as wire:
+            wire.ask("GET", "/readyz")
+            for spare in range(5):           # whichever step of a compaction finds none left
+                leave_descriptors(server, spare)
+                answer = wire.ask("GET", f"/compact/{QUEUE}")
+                if answer.status not in (200, 503):
+                    raise Fault(f"a compaction was answered {answer}")
+                if scene.put(wire).status != 200:
+                    raise Fault("a put was refused for want of descriptors")
+                resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+            leave_descriptors(server, 20)
+            idle = connect(server, 60)
+            try:
+                watch_pause(server)
+                serves_old_connections(scene, wire)
+            finally:
+                for connection in idle:
+                    connection.close()
+        scene.put_some()
+        scene.finish()
+
+
+def serves_old_connections(scene: Scene, wire: Wire) -> None:
+    for _ in range(20):
+        if scene.put(wire).status != 200:
+            raise Fault("a put was refused for want of descriptors")
+        take(wire, scene.ledger, "old")
+
+
+def few_descriptors(part: "Part") -> None:
+    """A hard limit from the start: fewer connections, and the rest is told so."""
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120))
+    with part.folder() as folder, part.scene(folder, os.path.join(folder, "data"),
+                                             preexec_fn=limit) as scene:
+        server = scene.server
+        assert server
+        scene.put_some()
+        idle = connect(server, 150)
+        try:
+            watch_pause(server)
+        finally:
+            for connection in idle:
+                connection.close()
+        time.sleep(0.5)
+        scene.put_some()
+        scene.finish()
+
+
+def threads(part: "Part") -> None:
+    """No thread is to be had: from the start, and while the server runs."""
+    need("prlimit")
+    python = python_for_somebody()
+    with part.folder() as folder:
+        server = copy_server(folder)
+        path = os.path.join(folder, "data")
+        os.mkdir(path)
+        os.chown(path, SOMEBODY, SOMEBODY)
+        somebody = {"command": (server,), "python": python, "user": SOMEBODY}
+        for count in range(1, 7):
+            start_with_threads(part, folder, path, count, somebody)
+        with part.scene(folder, path, preexec_fn=limit_to(HARD_THREADS),
+                        settings={"request_timeout": 1}, **somebody) as scene:
+            run_without_threads(scene)
+            scene.finish()
+
+
+def limit_to(count: int) -> Callable[[], None]:
+    """Return what a child calls to be allowed this many threads, the first one included."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NPROC, (count, count))
+
+
+def start_with_threads(part: "Part", folder: str, path: str, count: int,
+                       somebody: Dict[str, Any]) -> None:
+    """With too few threads a start ends with one line; it never hangs and never half serves."""
+    with Server(folder, path, preexec_fn=limit_to(count), **somebody) as server:
+        try:
+            server.wait_ready(END_TIMEOUT_S)
+        except Fault:
+            if server.process.poll() is None:
+                raise
+            one_line(server)
+        server.check_log()
+
+
+def run_without_threads(scene: Scene) -> None:
+    """Slow clients hold all threads there are; the others wait, and are answered."""
+    server = scene.server
+    assert server
+    scene.put_some(5)
+    limit_threads(server, "1")
+    with contextlib.ExitStack() as stack:
+        for slow in connect(server, SLOW_CLIENTS):
+            stack.enter_context(slow)
+            slow.sendall(HALF_A_PUT)
+        wires = [stack.enter_context(scene.wire()) for _ in range(PRODUCERS)]
+        for _ in range(3):
+            together([lambda number=number: scene.put(wires[number], number)  # type: ignore[misc]
+                      for number in range(PRODUCERS)])
+            for number, wire in enumerate(wires):
+                take(wire, scene.ledger, f"taker-{number}")
+        if "cannot_start_thread" not in server.stderr():
+            raise Fault("the limit of threads did not bite: nothing is proved")
+        watch_pause(server)
+    limit_threads(server, str(HARD_THREADS))
+    scene.put_some()
+    if not scene.compact():
+        raise Fault("no compaction after threads were short")
+
+
+def limit_threads(server: Server, limit: str) -> None:
+    """Set the soft limit, as the user that the server runs as: root may lack the right."""
+    subprocess.run(["prlimit", f"--pid={server.process.pid}", f"--nproc={limit}:"],
+                   user=SOMEBODY, check=True)
+
+
+def together(calls: List[Callable[[], Answer]]) -> None:
+    """Make calls at the same time; each must be answered 200 or 503."""
+    answers: List[Answer] = []
+    workers = [threading.Thread(target=lambda call=call: answers.append(call()))  # type: ignore
+               for call in calls]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if len(answers) != len(calls):
+        raise Fault(f"{len(calls) - len(answers)} of {len(calls)} puts were not answered")
+
+
+def one_line(server: Server) -> None:
+    """What a start that failed says last: one line of its own, and no traceback."""
+    said = [line for line in server.stderr().splitlines() if line.startswith("micro_queue: ")]
+    if "Traceback" in server.stderr() or len(said) != 1:
+        raise Fault(f"not one clear line: {server.stderr()[-2000:]}")
+
+
+# ---- Parts --------------------------------------------------------------------------------
+
+class Figures:
+    """What the last line tells."""
+
+    def __init__(self) -> None:
+        self.parts = self.skipped = self.faults = 0
+        self.answered = self.refused = self.restarts = self.ends = 0
+
+    def __str__(self) -> str:
+        return (f"disks: {self.parts} parts, {self.skipped} skipped; {self.answered:,} messages "
+                f"answered, {self.refused:,} puts refused; {self.restarts} restarts, "
+                f"{self.ends} ends for a failed disk; faults {self.faults}")
+
+
+class Part:
+    """What a part works with: folders, disks, scenes, and what random there is."""
+
+    def __init__(self, figures: Figures, seed: str, cycles: int) -> None:
+        self.cycles = cycles
+        self._figures, self._rng = figures, random.Random(seed)
+
+    def folder(self) -> Any:
+        return work_folder("disks-")
+
+    @contextlib.contextmanager
+    def disk(self, kind: str, size: int, options: str = "") -> Iterator[Tuple[str, Disk]]:
+        """A mounted file system, and a folder beside it."""
+        need("mount", "umount", *([f"mkfs.{kind}"] if kind != "tmpfs" else []))
+        with self.folder() as folder:
+            image, path = os.path.join(folder, kind + ".img"), os.path.join(folder, "disk")
+            with Disk(kind, image, path, size, options) as disk:
+                yield folder, disk
+
+    def scene(self, folder: str, path: str, **options: Any) -> Scene:
+        return Scene(self._figures, folder, path, self._rng, **options)
+
+    def refused(self, folder: str, path: str, **options: Any) -> None:
+        """A start on this data folder must end with status 3 and one line."""
+        with Server(folder, path, **options) as server:
+            status = server.wait_end(END_TIMEOUT_S)
+            if status != 3:
+                raise Fault(f"{path}: status {status} instead of 3: {server.stderr()[-1000:]}")
+            one_line(server)
+
+
+PARTS: Dict[str, Callable[[Part], None]] = {
+    "full": full, "file-size": file_size, "read-only": read_only, "remount": remount,
+    "unusable": unusable, "not-ours": not_ours, "descriptors": descriptors,
+    "few-descriptors": few_descriptors, "threads": threads}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Full and failing disks under micro_queue.")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
+    parser.add_argument("--long", action="store_true", help="more cycles")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    print(f"disks: seed {options.seed}", flush=True)
+    figures = Figures()
+    for name in options.part or PARTS:
+        figures.parts += 1
+        started = time.monotonic()
+        try:
+            PARTS[name](Part(figures, f"{options.seed}-{name}", 10 if options.long else 1))
+            print(f"  {name}: good, {time.monotonic() - started:.1f} s", flush=True)
+        except Skipped as reason:
+            figures.skipped += 1
+            print(f"skipped: {name}: {reason}", flush=True)
+        except (Fault, *BROKEN) as fault:
+            figures.faults += 1
+            print(f"FAULT in {name}, seed {options.seed}:\n{fault!r}", flush=True)
+    print(figures)
+    return 1 if figures.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
