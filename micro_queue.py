@@ -655,13 +655,16 @@ class Log:
         return os.fstat(self.fd).st_size
 
     def _read(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes, fewer only at the end of the file."""
-        data = self.storage.pread(self.fd, size, offset)
+        """Read `size` bytes, fewer only at the end of the file. Raises LogFailed."""
+        data = b""
         while len(data) < size:
-            more = self.storage.pread(self.fd, size - len(data), offset + len(data))
+            try:
+                more = self.storage.pread(self.fd, size - len(data), offset + len(data))
+            except OSError as error:
+                self._fail("read", error)
             if not more:
                 break
-            data += more
+            data = data + more if data else more
         return data
 
     def _is_zeros(self, start: int, end: int) -> bool:
@@ -1100,10 +1103,10 @@ class Subscription:
     def _read_ahead(self) -> bool:
         log = self._state.log
         if self.passed >= self._state.appended:          # skip what is no message at all
-            self._read_offset = log.tail
+            self._read_offset = self._state.end
             return False
         start = self._read_offset
-        for offset, end, record in log.scan(start, log.tail, AHEAD_BYTES):
+        for offset, end, record in log.scan(start, self._state.end, AHEAD_BYTES):
             self._read_offset = end
             if record is None:
                 log.set_aside(offset, end)
@@ -1205,16 +1208,16 @@ class Subscription:
     def apply_position(self, message_id: int) -> None:
         """Forget all: settled below `message_id`, waiting from it on."""
         self._reset()
-        log = self._state.log
+        log, end = self._state.log, self._state.end
         if message_id >= self._state.next_id:
-            self.cursor_id, self.cursor_offset, self._read_offset = message_id, log.tail, log.tail
+            self.cursor_id, self.cursor_offset, self._read_offset = message_id, end, end
             self.passed, self.passed_bytes = self._state.appended, self._state.appended_bytes
             return
         self._advance(message_id - 1, drop_from=0)
         self.cursor_id = max(self.cursor_id, message_id)
-        for offset, end, record in log.scan(HEADER.size, log.tail):
+        for offset, after, record in log.scan(HEADER.size, end):
             if record and record.type == MESSAGE and record.delay_ms and record.id >= message_id:
-                self.apply_delayed(record, offset, end - offset)
+                self.apply_delayed(record, offset, after - offset)
 
     # -- what only memory knows
 
@@ -1292,15 +1295,17 @@ class Subscription:
 
 
 class State:
-    """What a log says: a pure function of its records up to the log's tail.
+    """What a log says: a pure function of its records.
 
-    A settled message is what every subscription settled. Ids only grow.
+    `end` is that of the last message which was applied: no subscription reads beyond it, for
+    what stands there may be on its way. Ids only grow.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.next_id = log.codec.next_id
         self.time_ms = 0                     # the highest time of a record
+        self.end = HEADER.size
         self.appended, self.appended_bytes = 0, 0
         self.subscriptions: Dict[str, Subscription] = {}
 
@@ -1314,6 +1319,7 @@ class State:
             self.next_id = max(self.next_id, record.id + 1)
             self.appended += 1
             self.appended_bytes += size
+            self.end = offset + size
             if record.delay_ms:
                 for subscription in self.subscriptions.values():
                     subscription.apply_delayed(record, offset, size)
@@ -1361,6 +1367,7 @@ class State:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Become what a bookmark says."""
+        self.end = snapshot.tail_offset
         self.next_id, self.time_ms = snapshot.next_id, snapshot.time_ms
         self.appended, self.appended_bytes = snapshot.appended, snapshot.appended_bytes
         for place in snapshot.places:
@@ -1841,7 +1848,6 @@ class Compaction:
             self._fresh.sync()
         if records:
             for record, (offset, size) in zip(records, self._fresh.append(records)):
-                self._fresh.tail = offset + size     # nothing is read ahead of what is applied
                 self._state.apply(record, offset, size)
 
     def _switch_locked(self) -> None:

@@ -66,6 +66,9 @@ class FailingStorage(mq.Storage):
             raise OSError(failure, os.strerror(failure))
         return real(*args)
 
+    def pread(self, *args):
+        return self._call("pread", os.pread, *args)
+
     def pwrite(self, *args):
         return self._call("pwrite", os.pwrite, *args)
 
@@ -722,6 +725,16 @@ class AppendTest(Folder):
         for thread in threads:
             thread.join()
         self.assertEqual(len(failures), 8)
+
+    def test_a_log_that_cannot_be_read_is_the_end(self):
+        storage = FailingStorage()
+        queue = self.filled(b"a", storage=storage)
+        storage.failing["pread"] = errno.EIO
+        with self.assertRaises(mq.LogFailed):
+            queue.take()
+        storage.failing.clear()
+        with self.assertRaises(mq.LogFailed):
+            queue.put([b"b"])
 
     def test_a_failing_sync_fails_whoever_syncs_at_the_same_time(self):
         class OnceTold(FailingStorage):
