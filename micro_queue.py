@@ -3083,15 +3083,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 4
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 def run(config: Config) -> int:
     """Serve a config until a signal. Raises ConfigError, StorageError, OSError."""
     debug = os.environ.get("MODE_DEBUG") == "1"
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, stream=sys.stderr,
                         format="%(asctime)s %(levelname)s %(message)s")
     threading.stack_size(THREAD_STACK_BYTES)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # Before the first thread starts: one that got the signal would not wake this one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     broker = Broker(config, Server.storage_failed)
     broker.lock()
     warn_about(config.settings.path)
@@ -3105,7 +3107,7 @@ def run(config: Config) -> int:
     host, port = server.server_address[:2]
     event(logging.INFO, "serving", address=host, port=port, path=config.settings.path,
           version=__version__)
-    stop.wait()
+    signal.sigwait(STOP_SIGNALS)
     event(logging.INFO, "draining")
     server.drain()
     event(logging.INFO, "stopped")
