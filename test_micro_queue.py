@@ -245,10 +245,10 @@ class Ledger:
                 self._out[payload][1] = now
 
     def returned(self, consumer):
-        """What the consumer was delivered is known to have been put back."""
+        """What the consumer was delivered is known to be back: lost if it is not seen again."""
         with self._lock:
             for payload in self._open.pop(consumer, ()):
-                self._out[payload] = [None, None]
+                del self._out[payload]
 
     def synced(self):
         """All that was settled so far is durable."""
@@ -263,8 +263,8 @@ class Ledger:
             self._open.clear()
             self._last_id.clear()
             while self._since_fault:
-                out = self._out[self._since_fault.pop()]
-                if out[1] is None or (power_cut and out[1] >= self._synced):
+                out = self._out.get(self._since_fault.pop())
+                if out and (out[1] is None or (power_cut and out[1] >= self._synced)):
                     out[:] = [None, None]
 
     def faults(self, drained=True):
