@@ -88,6 +88,23 @@ def payload_of(number: int) -> bytes:
     return b"<%d>" % number + b"x" * (number * 37 % 200)
 
 
+class BusyStorage(mq.Storage):
+    """Calls `meanwhile` before a compaction syncs its new log: others go on while it waits."""
+
+    def __init__(self) -> None:
+        self.queue: Optional[mq.Queue] = None
+        self.meanwhile: Callable[[], None] = nothing
+
+    def fdatasync(self, fd: int) -> None:
+        if self.queue and fd != self.queue.log.fd:
+            self.meanwhile()
+        os.fdatasync(fd)
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
 class Worker:
     """Drives the queue in `folder`; `tell` gets every step at once."""
 
@@ -98,7 +115,9 @@ class Worker:
 
     def open(self) -> None:
         self.ready = False
-        self.queue = open_queue(self.folder)
+        storage = BusyStorage()
+        self.queue = storage.queue = open_queue(self.folder, storage=storage)
+        self.storage = storage
         self.ready = True
 
     def put(self, times: int = 1, *, count: int = 1, delay_s: int = 0) -> None:
@@ -149,16 +168,19 @@ class Worker:
         self.give_back(*out[3], HOUR_S)
         self.give_back(*out[4])
 
-    def compact(self, pause: Callable[[], None] = lambda: None) -> None:
-        with contextlib.suppress(mq.CompactionFailed):
+    def compact(self, pause: Callable[[], None] = nothing) -> None:
+        try:
             self.queue.compact(pause)
+        except mq.CompactionFailed as error:
+            self._tell("not compacted", str(error))
 
     def compact_busily(self) -> None:
         """Compact, and put and take meanwhile."""
         turns = itertools.cycle((lambda: self.put(2), lambda: self.consume(1),
                                  lambda: self.put(count=3), self.consume_in_disorder))
-        left = iter(range(10))
-        self.compact(lambda: next(turns)() if next(left, None) is not None else None)
+        pauses, self.storage.meanwhile = some(turns, 10), some(turns, 6)
+        self.compact(pauses)
+        self.storage.meanwhile = nothing
 
     def close(self) -> None:
         self.queue.close()
@@ -213,8 +235,9 @@ class Worker:
         return 0
 
 
-def open_queue(folder: str, clock: Optional[mq.Clock] = None) -> mq.Queue:
-    queue = mq.Queue(mq.QueueConfig(name="q"), folder, clock=clock)
+def open_queue(folder: str, clock: Optional[mq.Clock] = None,
+               storage: Optional[mq.Storage] = None) -> mq.Queue:
+    queue = mq.Queue(mq.QueueConfig(name="q"), folder, clock=clock, storage=storage)
     try:
         queue.log.lock()
         queue.recover()
@@ -222,6 +245,12 @@ def open_queue(folder: str, clock: Optional[mq.Clock] = None) -> mq.Queue:
         queue.log.close()
         raise
     return queue
+
+
+def some(turns: Iterator[Callable[[], None]], count: int) -> Callable[[], None]:
+    """Return what does the next of `turns` when called, `count` times at most."""
+    todo = itertools.chain(itertools.islice(turns, count), itertools.repeat(nothing))
+    return lambda: next(todo)()
 
 
 def make_loops_short() -> None:
@@ -241,10 +270,7 @@ class Scenario(NamedTuple):
     prepare: Callable[[Worker], None]
     work: Callable[[Worker], None]
     damaged: bool = False
-
-
-def nothing(_: Worker) -> None:
-    pass
+    fills_disk: bool = False
 
 
 def first_start(worker: Worker) -> None:
@@ -256,10 +282,12 @@ def first_start(worker: Worker) -> None:
     worker.put(3)
     worker.consume_in_disorder()
     worker.put(delay_s=HOUR_S)
+    held = worker.take("holder")
     worker.queue.bookmark()
     worker.put(2)
     worker.consume(1)
     worker.compact()
+    worker.settle("holder", held)
     worker.put(2)
     worker.consume_in_disorder()
     worker.queue.bookmark()
@@ -354,9 +382,14 @@ def compaction(worker: Worker) -> None:
     worker.open()
     worker.put(6, count=2)
     worker.consume(4)
+    held = worker.take("holder")
     worker.compact_busily()
     worker.put(1)
     worker.consume(1)
+    worker.give_back("holder", held)
+    worker.compact_busily()
+    worker.consume(99)
+    worker.put(4)
     worker.compact_busily()
     worker.close()
 
@@ -414,7 +447,7 @@ SCENARIOS = [
     Scenario("recovery-without-bookmark", used_damaged_and_without_bookmark, go_on, damaged=True),
     Scenario("compaction", used, compaction),
     Scenario("takeover", go_server, go_on),
-    Scenario("full-disk", used, full_disk),
+    Scenario("full-disk", used, full_disk, fills_disk=True),
 ]
 
 
@@ -548,7 +581,7 @@ def replay(steps: List[Step]) -> Ledger:
             ledger.fault(power_cut=False)
         elif verb == "odd":
             raise Fault(arguments[0])
-        elif verb not in ("settling", "unsure"):
+        elif verb not in ("settling", "unsure", "not compacted"):
             getattr(ledger, verb)(*arguments)
     return ledger
 
@@ -650,6 +683,7 @@ class Template(NamedTuple):
     steps: List[Step]
     work: Callable[[Worker], None]
     damaged: bool
+    fills_disk: bool = False
 
 
 class Harness:
@@ -667,7 +701,7 @@ class Harness:
         folder, steps = os.path.join(self.base, scenario.name), []  # type: Tuple[str, List[Step]]
         worker = Worker(folder, lambda *step: steps.append(step), 0)
         scenario.prepare(worker)
-        return Template(scenario.name, folder, steps, scenario.work, scenario.damaged)
+        return Template(scenario.name, folder, steps, *scenario[2:])
 
     def run(self, template: Template, injection: Optional[Injection]) -> Tuple[str, Outcome]:
         """Do a template's work in a copy of its folder; return the copy."""
@@ -691,6 +725,9 @@ class Harness:
                 self.errors += any("(INJECTED)" in line for line in outcome.calls)
             elif outcome.status:
                 found.append(f"exit {outcome.status} although nothing was done to it")
+            if effect in ("kill", "nothing") and not template.fills_disk:
+                found += [f"not compacted: {step[1]}" for step in outcome.steps
+                          if step[0] == "not compacted"]
             if not any(only_reads(line) for line in outcome.calls):
                 found += judge(folder, template.steps + outcome.steps, template.damaged)
         except Exception as error:
