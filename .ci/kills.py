@@ -96,7 +96,8 @@ class BusyStorage(mq.Storage):
         self.meanwhile: Callable[[], None] = nothing
 
     def fdatasync(self, fd: int) -> None:
-        if self.queue and fd != self.queue.log.fd:
+        queue = self.queue                   # the last step holds the lock: nobody goes on
+        if queue and fd != queue.log.fd and not queue.lock.locked():
             self.meanwhile()
         os.fdatasync(fd)
 
@@ -819,7 +820,7 @@ class ServerCase(NamedTuple):
     clients: int
 
 
-PUTS = 12
+PUTS = 40                        # enough for each thread to come to its sixth sync
 SERVER_CASES = [
     ServerCase(Injection("fdatasync", 1, "EIO"), 1),
     ServerCase(Injection("fdatasync", 3, "EIO"), 8),
