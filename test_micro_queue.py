@@ -1294,6 +1294,13 @@ class User:
 class CrashStateTest(Folder):
     """A scenario gets a Recorder and uses a queue; `faults_of` tries all that may be left."""
 
+    total = 0
+
+    @classmethod
+    def tearDownClass(cls):
+        if TORTURE:
+            print(f"seed {SEED}: {cls.total} states of the disk tried")
+
     def setUp(self):
         super().setUp()
         shm = "/dev/shm"
@@ -1335,6 +1342,7 @@ class CrashStateTest(Folder):
 
     def faults_in(self, what, state, marks, nested):
         self.tried += 1
+        CrashStateTest.total += 1
         faults = self.check(state, marks)
         if not faults and self.rng.random() < nested:
             again = self.cut_recovery(state, marks)

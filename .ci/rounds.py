@@ -40,7 +40,7 @@ from bench import ADMIN, CHILDREN, CONFIG, GET, POST, QUEUE, SERVER, Child, free
 from test_micro_queue import Ledger  # noqa: E402
 
 ROUNDS_DIR = os.environ.get("ROUNDS_DIR", "/var/tmp")
-SHORT, LONG = 8, 500             # rounds
+SHORT, LONG = 8, 650             # rounds
 CLIENTS = 16                     # producers, and as many consumers
 SERVING_S = 0.05, 0.6            # how long a round may last
 STOP_EVERY = 6                   # one round of so many ends with SIGTERM
