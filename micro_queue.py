@@ -9,11 +9,11 @@ Run it, then talk to it with curl:
 
 What it guarantees
     A 200 to a put means that the message is on disk (`fsync: "always"`): it survives a kill
-    and a power cut. A message leaves the queue only after its answer left; a take that did
-    not end well puts the message back at its old place. Order is first in, first out.
+    and a power cut. A message leaves the queue only after its answer left, or, taken with a
+    lease, after its ack; otherwise it comes back at its old place. First in, first out.
 What it does not guarantee
     Exactly-once delivery: a kill between an answer and its note in the log, or a power cut
-    soon after it, delivers that message again. Sent is not received.
+    soon after it, delivers that message again. Without a lease, sent is not received.
 
 Storage: `<path>/<queue>/data.log` is the truth, `meta.json` only a bookmark into it.
 
@@ -33,9 +33,9 @@ Storage: `<path>/<queue>/data.log` is the truth, `meta.json` only a bookmark int
 Every change of state goes one way: validate, append, apply to memory, let go of the lock,
 wait until durable, answer. Recovery applies the same records through the same function.
 
-Lock order: Queue._maintenance, Queue.lock, Log._one_sync, Log._commit; Server._pool stands
-alone. Never two queues' locks at once, and no lock that a take needs is held while a disk
-syncs, but for the last step of a compaction.
+Lock order: Queue._maintenance, Queue.lock, then Log._one_sync, Log._commit, Broker._timing;
+Server._pool stands alone. Never two queues' locks at once, and no lock that a take needs is
+held while a disk syncs, but for the last step of a compaction.
 
 Contents: Constants and errors, Config, Records, Log, Subscription, Queue, Broker, Metrics,
 HTTP, Server, main.
@@ -54,6 +54,7 @@ import hashlib
 import heapq
 import http
 import http.server
+import itertools
 import json
 import logging
 import os
@@ -102,6 +103,7 @@ CACHED_HEAD_BYTES = KIB          # a longer head is parsed each time: bounds the
 SKIPPED_BODY_BYTES = 64 * KIB    # an unread body up to this is skipped, beyond it we close
 LINGER_S = 2                     # how long a closing answer waits for the client to stop sending
 DRAIN_S = 5                      # how long a stop waits for requests under way
+MAX_LINES = 10_000               # messages of one NDJSON body: bounds the hold of the lock
 RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
 REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
 POLL_S = 1                       # how often idle connections are looked through
@@ -232,12 +234,12 @@ class QueueConfig:
     kind: str = _field(_later(_text("fifo|broadcast", '"fifo" or "broadcast"'), "fifo"), "fifo")
     content_type: str = _field(_text(r"[!-~]([ -~]{0,126}[!-~])?", "a media type"),
                                "application/json")
-    max_messages: Optional[int] = _field(_later(_whole(1, 1 << 50, null=True), None), None)
-    max_bytes: Optional[int] = _field(_later(_whole(1, 1 << 50, null=True), None), None)
-    ttl: Optional[int] = _field(_later(_whole(1, 1 << 32, null=True), None), None)
-    max_deliveries: Optional[int] = _field(_later(_whole(1, 1 << 31, null=True), None), None)
-    dead_letter: Optional[str] = _field(
-        _later(_text(QUEUE_NAME.pattern, "a queue's name", null=True), None), None)
+    max_messages: Optional[int] = _field(_whole(1, 1 << 50, null=True), None)
+    max_bytes: Optional[int] = _field(_whole(1, 1 << 50, null=True), None)
+    ttl: Optional[int] = _field(_whole(1, 1 << 32, null=True), None)
+    max_deliveries: Optional[int] = _field(_whole(1, 1 << 31, null=True), None)
+    dead_letter: Optional[str] = _field(_text(QUEUE_NAME.pattern, "a queue's name", null=True),
+                                        None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +261,8 @@ class Token:
         return bytes.fromhex(self.token_sha256 or "")
 
     def may(self, permission: str, queue: str) -> bool:
-        granted = {"post": self.post, "get": self.get}.get(permission, ())
+        granted = {"post": self.post, "get": self.get,
+                   "any": (*self.post, *self.get)}.get(permission, ())
         return self.admin or queue in granted
 
 
@@ -309,6 +312,7 @@ def parse_config(value: Any) -> Config:
                     _build_all(Token, value, "tokens"))
     _check_unique("queues", "name", [queue.name for queue in config.queues])
     _check_unique("tokens", "name", [token.name for token in config.tokens])
+    _check_dead_letters(config)
     _check_tokens(config)
     return config
 
@@ -352,6 +356,19 @@ def _check_unique(path: str, key: str, values: Sequence[object]) -> None:
             raise ConfigError(f"{path}[{number}].{key}: is the same as {path}[{first}].{key}")
 
 
+def _check_dead_letters(config: Config) -> None:
+    targets = {queue.name: queue.dead_letter for queue in config.queues}
+    for number, queue in enumerate(config.queues):
+        path, seen, target = f"queues[{number}].dead_letter", {queue.name}, queue.dead_letter
+        while target is not None:
+            if target not in targets:
+                raise ConfigError(f"{path}: no queue is named {json.dumps(target)}")
+            if target in seen:
+                raise ConfigError(f"{path}: dead letters would go round in a circle; end it")
+            seen.add(target)
+            target = targets[target]
+
+
 def _check_tokens(config: Config) -> None:
     names = {queue.name for queue in config.queues}
     for number, token in enumerate(config.tokens):
@@ -391,6 +408,9 @@ class Record(NamedTuple):
     def due_ms(self) -> int:
         """When the delay is over; 0 without one."""
         return self.time_ms + self.delay_ms if self.delay_ms else 0
+
+
+Placed = Tuple[int, int, Record]             # a record with its offset and end
 
 
 def settled(first: int, last: int, subscriber: str, now_ms: int) -> Record:
@@ -440,25 +460,31 @@ class Codec:
         seed = zlib.crc32(U64.pack(offset), self._seed)
         return b"".join((head, U32.pack(zlib.crc32(payload, zlib.crc32(head, seed))), payload))
 
-    def size_at(self, data: bytes, at: int) -> Optional[int]:
-        """Return the size of the record that seems to start at `data[at]`, None if none does.
+    def size_of(self, data: bytes) -> int:
+        """Return the size of the record that seems to start `data`, 0 if none does."""
+        if len(data) < HEAD.size or not data.startswith(self.marker):
+            return 0
+        length: int = HEAD.unpack_from(data)[6]
+        return HEAD.size + length if length <= MAX_MESSAGE_BYTES else 0
 
-        Needs HEAD.size bytes from `at` on.
-        """
-        if not data.startswith(self.marker, at):
-            return None
-        length: int = HEAD.unpack_from(data, at)[6]
-        return HEAD.size + length if length <= MAX_MESSAGE_BYTES else None
-
-    def decode(self, data: bytes, at: int, size: int, offset: int) -> Optional[Record]:
-        """Return the record in `data[at:at + size]` if it is one of this log at `offset`."""
-        _, type_, count, id_, time_ms, delay_ms, _, crc = HEAD.unpack_from(data, at)
-        body = at + HEAD.size
-        payload = data[body:at + size]
-        seed = zlib.crc32(data[at:body - U32.size], zlib.crc32(U64.pack(offset), self._seed))
-        if zlib.crc32(payload, seed) != crc:
-            return None
-        return Record(type_, id_, time_ms, payload, count, delay_ms)
+    def records(self, data: bytes, at: int, offset: int) -> Iterator[Placed]:
+        """Yield the whole and valid records in `data` from `at` on, which stands at `offset` in
+        the log, up to the first that is neither."""
+        marker, seed, crc32, unpack_from = self.marker, self._seed, zlib.crc32, HEAD.unpack_from
+        size, last = HEAD.size, len(data) - HEAD.size
+        while at <= last:
+            found, type_, count, id_, time_ms, delay_ms, length, crc = unpack_from(data, at)
+            body = at + size
+            after = body + length
+            if found != marker or length > MAX_MESSAGE_BYTES or after > len(data):
+                return
+            payload = data[body:after]
+            start = crc32(data[at:body - U32.size], crc32(U64.pack(offset), seed))
+            if crc32(payload, start) != crc:
+                return
+            end = offset + size + length
+            yield offset, end, Record(type_, id_, time_ms, payload, count, delay_ms)
+            at, offset = after, end
 
 
 # ---- Log ----------------------------------------------------------------------------------
@@ -679,19 +705,20 @@ class Log:
         """
         offset, base, data = start, start, b""
         while offset < end:
-            at = offset - base
-            size = self.codec.size_at(data, at) if len(data) - at >= HEAD.size else HEAD.size
-            if size and at + size > len(data) and offset + size <= end:
-                base, at = offset, 0
-                data = self._read(offset, min(max(size, chunk), end - offset))
-                size = self.codec.size_at(data, 0)
-                if size and size > len(data):
-                    data = self._read(offset, min(size, end - offset))
-            whole = size and at + size <= len(data)
-            record = self.codec.decode(data, at, size, offset) if whole and size else None
-            after = offset + size if record and size else self._next_valid(offset + 1, end)
-            yield offset, after, record
-            offset = after
+            for place in self.codec.records(data, offset - base, offset):
+                yield place
+                offset = place[1]
+            if offset >= end:
+                return
+            have = len(data) if offset == base else 0    # already tried, and not enough
+            want = self.codec.size_of(data) if have else chunk
+            more = self._read(offset, min(want, end - offset)) if want > have else b""
+            if len(more) > have:
+                base, data = offset, more
+            else:
+                after = self._next_valid(offset + 1, end)
+                yield offset, after, None
+                offset = after
 
     def _next_valid(self, start: int, end: int) -> int:
         """Return where the first valid record at or behind `start` stands, `end` if none."""
@@ -709,12 +736,11 @@ class Log:
         """Return the record at `offset`, None if no valid one stands there below `end`."""
         end = self.tail if end is None else end
         data = self._read(offset, min(HEAD.size + AHEAD_BYTES, end - offset))
-        size = self.codec.size_at(data, 0) if len(data) >= HEAD.size else None
-        if size is None or offset + size > end:
-            return None
-        if size > len(data):
+        size = self.codec.size_of(data)
+        if len(data) < size <= end - offset:
             data = self._read(offset, size)
-        return self.codec.decode(data, 0, size, offset) if size <= len(data) else None
+        place = next(self.codec.records(data, 0, offset), None)
+        return place[2] if place else None
 
     # -- recovery
 
@@ -1032,16 +1058,67 @@ class LegacyLog:
 
 ENTRY = struct.Struct(">QQII")   # offset, due (ms), size, count: packed, for there may be many
 READY, LEASED = 0, (1 << 64) - 1             # a due time that is none
-ID_BITS = 64
+KEY_BITS = 96                                # of a deadline's key: an id, or a lease
+
+
+class Deadlines:
+    """A heap of deadlines (ms), each with a key. One that no longer `holds` is stale: it is
+    skipped, and when more than half are, all stale ones are swept. `live` counts the others."""
+
+    def __init__(self, holds: Callable[[int, int], bool], live: Callable[[], int]) -> None:
+        self._heap: List[int] = []                       # deadline << KEY_BITS | key: small
+        self._holds, self._live = holds, live
+
+    def add(self, deadline_ms: int, key: int) -> None:
+        heapq.heappush(self._heap, deadline_ms << KEY_BITS | key)
+        if len(self._heap) > 2 * self._live() + 64:
+            self._heap = sorted({item for item in self._heap if self._holds(*_split(item))})
+
+    def first(self) -> Optional[Tuple[int, int]]:
+        """Return the next (deadline, key), None without any."""
+        while self._heap:
+            item = _split(self._heap[0])
+            if self._holds(*item):
+                return item
+            heapq.heappop(self._heap)
+        return None
+
+    def is_due(self, now_ms: int) -> bool:
+        """Tell whether `pop_due` may find any; cheap."""
+        return bool(self._heap) and self._heap[0] >> KEY_BITS <= now_ms
+
+    def pop_due(self, now_ms: int) -> Iterator[int]:
+        """Take out and yield the keys whose deadline has come."""
+        item = self.first()
+        while item and item[0] <= now_ms:
+            heapq.heappop(self._heap)
+            yield item[1]
+            item = self.first()
+
+    def keys(self) -> List[int]:
+        """Return the keys of all that hold, in order."""
+        return [key for deadline_ms, key in map(_split, sorted(set(self._heap)))
+                if self._holds(deadline_ms, key)]
+
+
+def _split(item: int) -> Tuple[int, int]:
+    return item >> KEY_BITS, item & ((1 << KEY_BITS) - 1)
 
 
 class Message(NamedTuple):
-    """A message in a consumer's hands; `delivery` is the number of this delivery, from 1."""
+    """A message for a consumer, and where it stands; `delivery` is the number of this delivery,
+    from 1."""
 
     id: int
     time_ms: int
     payload: bytes
     delivery: int
+    offset: int
+    size: int
+
+
+def as_message(record: Record, offset: int, size: int, count: int) -> Message:
+    return Message(record.id, record.time_ms, record.payload, count + 1, offset, size)
 
 
 class Subscription:
@@ -1051,7 +1128,7 @@ class Subscription:
        An entry at or beyond the cursor is a message that was put with a delay.
     2. `passed` messages of the log lie below the cursor, `kept` of them are entries.
     3. An entry's due is READY, LEASED, or when its delay ends. `ready` holds the id of every
-       ready entry and `delayed` the due and id of every delayed one; both may hold stale items.
+       ready entry, all with the deadline READY, and `delayed` that of every delayed one.
     4. Leased or not is memory only: in the log a leased message waits.
     """
 
@@ -1065,9 +1142,9 @@ class Subscription:
         self.passed, self.passed_bytes = 0, 0
         self.kept, self.kept_bytes = 0, 0
         self.leased_count, self.delayed_count = 0, 0
-        self.ready: List[int] = []                       # heap of ids
-        self.delayed: List[int] = []                     # heap of due_ms << ID_BITS | id
-        self._ahead: Deque[Tuple[int, int, Record]] = collections.deque()
+        self.ready = Deadlines(self._is_due, self._ready_entries)
+        self.delayed = Deadlines(self._is_due, lambda: self.delayed_count)
+        self._ahead: Deque[Placed] = collections.deque()
         self._read_offset = HEADER.size                  # where reading ahead goes on
 
     # -- looking
@@ -1088,9 +1165,8 @@ class Subscription:
     def holds(self, message_id: int) -> bool:
         return message_id >= self.cursor_id or message_id in self.entries
 
-    def _next(self) -> Optional[Tuple[int, int, Record]]:
-        """Return (offset, end, record) of the first message at the cursor, which moves over
-        entries that lie beyond it."""
+    def _next(self) -> Optional[Placed]:
+        """Return the first message at the cursor, which moves over entries that lie beyond it."""
         while True:
             while self._ahead:
                 place = self._ahead[0]
@@ -1118,7 +1194,7 @@ class Subscription:
             self.passed, self.passed_bytes = self._state.appended, self._state.appended_bytes
         return bool(self._ahead)
 
-    def _pass(self, *, keep: bool) -> Tuple[int, int, Record]:
+    def _pass(self, *, keep: bool) -> Placed:
         """Move the cursor over the next message; `keep` if it is, or becomes, an entry."""
         place = offset, end, record = self._ahead.popleft()
         self.cursor_id, self.cursor_offset = record.id + 1, end
@@ -1132,25 +1208,22 @@ class Subscription:
     # -- entries
 
     def _wait_until(self, message_id: int, due_ms: int) -> None:
-        """Note in a heap that an entry is ready, or when it will be (invariant 3)."""
+        """Note that an entry is ready, or when it will be (invariant 3)."""
         if due_ms:
             self.delayed_count += 1
-            heapq.heappush(self.delayed, due_ms << ID_BITS | message_id)
-            if len(self.delayed) > 2 * self.delayed_count + 64:
-                self.delayed = [item for item in self.delayed if self._is_due_item(item)]
-                heapq.heapify(self.delayed)
+            self.delayed.add(due_ms, message_id)
         else:
-            heapq.heappush(self.ready, message_id)
-            live = len(self.entries) - self.leased_count - self.delayed_count
-            if len(self.ready) > 2 * live + 64:
-                self.ready = sorted({id_ for id_ in self.ready if self._due(id_) == READY})
+            self.ready.add(READY, message_id)
 
-    def _due(self, message_id: int) -> Optional[int]:
+    def _ready_entries(self) -> int:
+        return len(self.entries) - self.leased_count - self.delayed_count
+
+    def due(self, message_id: int) -> Optional[int]:
         entry = self.entries.get(message_id)
         return None if entry is None else int(ENTRY.unpack(entry)[1])
 
-    def _is_due_item(self, item: int) -> bool:
-        return self._due(item & LEFT) == item >> ID_BITS
+    def _is_due(self, due_ms: int, message_id: int) -> bool:
+        return self.due(message_id) == due_ms
 
     def _leave(self, due_ms: int) -> None:
         """Count out an entry that is no longer leased or delayed; its heap item gets stale."""
@@ -1223,58 +1296,85 @@ class Subscription:
 
     def tick(self, now_ms: int) -> None:
         """Make ready what is due."""
-        while self.delayed and self.delayed[0] >> ID_BITS <= now_ms:
-            item = heapq.heappop(self.delayed)
-            if self._is_due_item(item):
-                offset, due_ms, size, count = ENTRY.unpack(self.entries[item & LEFT])
-                self._leave(due_ms)
-                self.entries[item & LEFT] = ENTRY.pack(offset, READY, size, count)
-                self._wait_until(item & LEFT, READY)
+        for message_id in self.delayed.pop_due(now_ms):
+            self._set_due(message_id, READY)
+            self.delayed_count -= 1
+            self._wait_until(message_id, READY)
 
-    def lowest(self) -> Optional[Tuple[int, int, Optional[Record]]]:
-        """Return (id, offset, record) of the lowest ready message; the record of an entry is
-        not read yet."""
-        while self.ready and self._due(self.ready[0]) != READY:
-            heapq.heappop(self.ready)
-        place = self._next()
-        if self.ready and (place is None or self.ready[0] < place[2].id):
-            return self.ready[0], ENTRY.unpack(self.entries[self.ready[0]])[0], None
-        return (place[2].id, place[0], place[2]) if place else None
+    def _set_due(self, message_id: int, due_ms: int) -> None:
+        offset, _, size, count = ENTRY.unpack(self.entries[message_id])
+        self.entries[message_id] = ENTRY.pack(offset, due_ms, size, count)
 
-    def take(self) -> Optional[Message]:
-        """Lease the lowest ready message. One whose bytes went bad is set aside, not given."""
-        found = self.lowest()
-        while found:
-            message_id, offset, record = found
-            if record:
-                _, end, _ = self._pass(keep=True)
-                size, count = end - offset, record.deliveries
-            else:
-                _, _, size, count = ENTRY.unpack(self.entries[heapq.heappop(self.ready)])
-                record = self._state.log.read(offset)
-            self.entries[message_id] = ENTRY.pack(offset, LEASED, size, count)
-            self.leased_count += 1
-            if record and record.id == message_id:
-                return Message(message_id, record.time_ms, record.payload, count + 1)
-            self._state.log.set_aside(offset, offset + size)
-            self._drop(message_id)
-            found = self.lowest()
+    def look(self) -> Optional[Message]:
+        """Return the lowest ready message. One whose bytes went bad is set aside and gone."""
+        while True:
+            ready, place = self.ready.first(), self._next()
+            if place and (ready is None or place[2].id < ready[1]):
+                offset, end, record = place
+                return as_message(record, offset, end - offset, record.deliveries)
+            if ready is None:
+                return None
+            message = self.message(ready[1])
+            if message:
+                return message
+
+    def message(self, message_id: int) -> Optional[Message]:
+        """Return the message of an entry. If its bytes went bad they are set aside, and it is
+        gone: None."""
+        offset, _, size, count = ENTRY.unpack(self.entries[message_id])
+        record = self._state.log.read(offset)
+        if record and record.id == message_id:
+            return as_message(record, offset, size, count)
+        self._state.log.set_aside(offset, offset + size)
+        self._drop(message_id)
         return None
+
+    def lease(self, message: Message) -> None:
+        """Take out what `look` just found."""
+        if message.id not in self.entries:
+            self._pass(keep=True)
+        self.entries[message.id] = ENTRY.pack(message.offset, LEASED, message.size,
+                                              message.delivery - 1)
+        self.leased_count += 1
+
+    def lease_id(self, message_id: int) -> None:
+        """Take out a message that is ready or delayed, wherever it stands."""
+        if message_id not in self.entries:
+            self._advance(message_id, drop_from=message_id + 1)
+        if message_id in self.entries:
+            self._leave(self.due(message_id) or READY)
+            self._set_due(message_id, LEASED)
+            self.leased_count += 1
+
+    def upcoming(self) -> Iterator[Message]:
+        """Yield what is ready, lowest first, without taking it. Sorts all ready entries."""
+        entries = filter(None, map(self.message, self.ready.keys()))
+        return heapq.merge(entries, self._beyond_cursor(), key=lambda message: message.id)
+
+    def _beyond_cursor(self) -> Iterator[Message]:
+        log = self._state.log
+        for offset, end, record in log.scan(self.cursor_offset, self._state.end, AHEAD_BYTES):
+            if (record and record.type == MESSAGE and record.id >= self.cursor_id
+                    and record.id not in self.entries):
+                yield as_message(record, offset, end - offset, record.deliveries)
 
     def oldest(self) -> Optional[Record]:
         """Return the first message that is not settled. Looks at every entry."""
-        if self.entries:
-            lowest = min(self.entries)
-            if lowest < self.cursor_id:
-                return self._state.log.read(ENTRY.unpack(self.entries[lowest])[0])
-        place = self._next()
+        place = self._next()                 # moves the cursor over entries beyond it
+        if self.entries and (place is None or min(self.entries) < place[2].id):
+            return self._state.log.read(ENTRY.unpack(self.entries[min(self.entries)])[0])
         return place[2] if place else None
 
     def is_leased(self, message_id: int) -> bool:
-        return self._due(message_id) == LEASED
+        return self.due(message_id) == LEASED
 
     def leased_ids(self) -> List[int]:
         return [id_ for id_ in self.entries if self.is_leased(id_)] if self.leased_count else []
+
+    def spent_ids(self, max_deliveries: int) -> List[int]:
+        """Return the entries that were delivered as often as is allowed. Looks at them all."""
+        return [id_ for id_, entry in self.entries.items()
+                if ENTRY.unpack(entry)[3] >= max_deliveries]
 
     def catch_up(self, live: Subscription) -> bool:
         """Lease what is leased in `live`, the same subscriber in the log that ours replaces.
@@ -1285,10 +1385,7 @@ class Subscription:
         self.cursor_id = max(self.cursor_id, live.cursor_id)
         for message_id in live.leased_ids():
             if message_id in self.entries:
-                offset, due_ms, size, count = ENTRY.unpack(self.entries[message_id])
-                self._leave(due_ms)
-                self.entries[message_id] = ENTRY.pack(offset, LEASED, size, count)
-                self.leased_count += 1
+                self.lease_id(message_id)
         # The cursors may differ by entries that lie beyond one of them.
         return (self.held_count == live.held_count
                 and self.entries.keys() == live.entries.keys())
@@ -1462,6 +1559,10 @@ class Snapshot(NamedTuple):
 # A lock, a log and its subscriptions. A fifo queue has one subscription, by the empty name.
 
 FIFO = ""                        # the subscriber of a fifo queue
+NEVER = 1 << 62                  # a time (ms) that does not come
+MAX_SLEEP_MS = 1 << 31           # what a wait for a condition can bear
+EXPIRED_AT_ONCE = 1000           # records that one hold of the lock looks at for their age
+DEAD_AT_ONCE = 1000              # messages of one move to a dead-letter queue
 
 
 class Clock:
@@ -1504,34 +1605,154 @@ class Space:
                 raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
 
 
+class Wish(NamedTuple):
+    """What a consumer asks for. Without a lease, the server settles what left."""
+
+    lines: int = 0                           # up to so many messages, one a line; 0: one message
+    max_bytes: int = MAX_MESSAGE_BYTES       # of all lines
+    lease_s: int = 0
+
+
+ONE = Wish()
+
+
 class Delivery(NamedTuple):
-    """Messages that are leased to one consumer."""
+    """Messages that go to one consumer; `lease` is the key to settle them by, if any."""
 
     subscriber: str
-    messages: List[Message]
+    messages: Sequence[Message]
+    lease: Optional[int] = None
+    as_lines: bool = False
+
+
+class Lease(NamedTuple):
+    """Messages in a consumer's hands until a deadline, in the queue's time."""
+
+    out: Sequence[Tuple[int, int]]           # (id, number of this delivery)
+    deadline_ms: int
+
+
+_waiter_keys = itertools.count()
+
+
+@dataclasses.dataclass(eq=False)
+class Waiter:
+    """A consumer that waits. `answer` gets a delivery, or None when it waited in vain; it is
+    called once, without a lock. `is_gone` tells at once whether the consumer hung up."""
+
+    wish: Wish
+    wait_s: int
+    answer: Callable[[Optional[Delivery]], None]
+    is_gone: Callable[[], bool] = lambda: False
+    deadline_ms: int = 0                     # in the queue's time
+    key: int = dataclasses.field(default_factory=_waiter_keys.__next__)
+
+
+class Consumers:
+    """Who holds or awaits the messages of one subscriber: memory only. The queue's lock guards
+    it."""
+
+    def __init__(self) -> None:
+        self.leases: Dict[int, Lease] = {}
+        self.waiters: collections.OrderedDict[int, Waiter] = collections.OrderedDict()
+        self.lease_deadlines = Deadlines(self._is_leased, lambda: len(self.leases))
+        self.waiter_deadlines = Deadlines(self._is_waiting, lambda: len(self.waiters))
+
+    def _is_leased(self, deadline_ms: int, key: int) -> bool:
+        lease = self.leases.get(key)
+        return lease is not None and lease.deadline_ms == deadline_ms
+
+    def _is_waiting(self, deadline_ms: int, key: int) -> bool:
+        return key in self.waiters
+
+    def add_lease(self, key: int, lease: Lease) -> None:
+        self.leases[key] = lease
+        self.lease_deadlines.add(lease.deadline_ms, key)
+
+    def add_waiter(self, waiter: Waiter) -> None:
+        self.waiters[waiter.key] = waiter
+        self.waiter_deadlines.add(waiter.deadline_ms, waiter.key)
+
+
+def is_line(payload: bytes) -> bool:
+    """Tell whether a message can travel as a line: its only line break, if any, ends it."""
+    return b"\r" not in payload and payload.find(b"\n", 0, -1) < 0 and payload != b"\n"
+
+
+def choose(ready: Iterable[Message], wish: Wish) -> Iterator[Message]:
+    """Yield what of the ready messages makes one delivery; what is no line comes alone."""
+    size = 0
+    for number, message in enumerate(ready, 1):
+        payload = message.payload
+        line = wish.lines > 0 and is_line(payload)
+        size += len(payload) + 1
+        if number > 1 and (not line or size > wish.max_bytes):
+            return
+        yield message
+        if not line or number >= wish.lines:
+            return
+
+
+class Turn:
+    """A hold of a queue's lock; at its end, those who waited for what became ready get it."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __enter__(self) -> None:
+        self._queue.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        queue, answers = self._queue, self._queue._answers
+        try:
+            if queue._awaited:
+                queue._match_locked()
+        finally:
+            if answers:
+                queue._answers = []
+            queue.lock.release()
+        for waiter, delivery in answers:
+            waiter.answer(delivery)
 
 
 class Queue:
     """One durable queue.
 
-    `lock` guards the state, the log's tail and the counters. `_maintenance` keeps bookmark and
-    compaction apart and is taken before `lock`. All methods may be called by any thread.
+    `lock` guards the state, the consumers, the log's tail and the counters. `_maintenance`
+    keeps bookmark and compaction apart and is taken before `lock`. All methods may be called
+    by any thread.
+    1. A message is LEASED in its subscription while it is in a lease, in a delivery that the
+       server settles, or among the `_dead`. None of these outlives the process.
+    2. Nobody waits for what is ready: whoever may make something ready takes a `_turn`.
+    3. What is not above `_expired_id` is older than `ttl` and never becomes ready.
     """
 
     def __init__(self, config: QueueConfig, folder: str, *, fsync: str = "always",
                  subscribers: Sequence[str] = (FIFO,), clock: Optional[Clock] = None,
-                 storage: Optional[Storage] = None, space: Optional[Space] = None) -> None:
+                 storage: Optional[Storage] = None, space: Optional[Space] = None,
+                 wake_at: Callable[[int], None] = lambda _: None) -> None:
         self.config, self.subscribers = config, subscribers
+        self._wake_at = wake_at              # is told when (monotonic ms) to call `tick`
         self.space = space or Space(folder, 0)
         self.lock, self._maintenance = threading.Lock(), threading.Lock()
         self.log = Log(folder, fsync, storage)
         self.state = State(self.log)
         self.in_total = self.out_total = self.redelivered_total = self.compactions_total = 0
+        self.expired_total = self.dead_lettered_total = 0
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
         self._epoch_ms = 0                   # the queue's time when the monotonic clock was 0
         self._unlogged = False               # a full disk kept a settlement out of the log
         self._closed = False
+        self._limited = config.max_messages is not None or config.max_bytes is not None
+        self._turn = Turn(self)
+        self._consumers = {name: Consumers() for name in subscribers}
+        self._awaited: Set[str] = set()      # subscribers with waiters
+        self._answers: List[Tuple[Waiter, Optional[Delivery]]] = []
+        self._dead: Dict[Tuple[str, int], bool] = {}     # to be dead-lettered, in order
+        self._expired_id = 0
+        self._expiry_offset = HEADER.size    # of the first message that did not expire yet
+        self._expiry_ms = 0 if config.ttl else NEVER     # when it does; 0: to be found out
         self._bookmark_tail = self._bookmark_bytes = 0
         self._compact_after_ms = 0
 
@@ -1549,6 +1770,7 @@ class Queue:
             self._epoch_ms = (max(self._clock.wall_ms(), self.state.time_ms)
                               - self._clock.monotonic_ms())
             self._meet_subscribers_locked()
+            self._expel_spent_locked()
         self.bookmark()                      # a crash from here on is no clean stop
         event(logging.INFO, "recovered", queue=self.config.name,
               messages=self.state.held()[0], scanned_bytes=self.log.tail - start)
@@ -1575,82 +1797,364 @@ class Queue:
         """The queue's time: the wall clock at start, advanced by the monotonic clock."""
         return self._epoch_ms + self._clock.monotonic_ms()
 
-    # -- messages
+    # -- putting
 
-    def check_room(self, size: int = 0) -> None:
-        """Raise what a put of `size` bytes would be refused with, before its body is read."""
+    def check_room(self, payload_bytes: int = 0, count: int = 1) -> None:
+        """Raise what such a put would be refused with; may be asked before its body is read."""
         if self._closed:
             raise ApiError(503, "The server is stopping; try again")
-        self.space.use(size)
+        if self._limited:
+            self._check_limits(payload_bytes, count)
+        self.space.use(payload_bytes + count * HEAD.size)
 
-    def put(self, payloads: Sequence[bytes], delay_s: int = 0) -> int:
-        """Append messages and return the first one's id; durable on return. Errors as `append`."""
-        first, number = self.append(payloads, delay_s)
+    def _check_limits(self, payload_bytes: int, count: int) -> None:
+        held_count, held_bytes = self.state.held()
+        limits = (("max_messages", self.config.max_messages, held_count, count),
+                  ("max_bytes", self.config.max_bytes, held_bytes - held_count * HEAD.size,
+                   payload_bytes))
+        for name, limit, _, more in limits:
+            if limit is not None and more > limit:
+                raise ApiError(413, f"This could never fit {name} of the queue ({limit})")
+        for name, limit, held, more in limits:
+            if limit is not None and held + more > limit:
+                raise ApiError(429, f"The queue is full ({name} {limit}); try again later")
+
+    def put(self, payloads: Sequence[bytes], delay_s: int = 0, *, limited: bool = True) -> int:
+        """Append messages and return the first one's id; durable on return. As `append`."""
+        first, number = self.append(payloads, delay_s, limited=limited)
         self.log.wait_durable(number)
         return first
 
-    def append(self, payloads: Sequence[bytes], delay_s: int = 0) -> Tuple[int, int]:
+    def append(self, payloads: Sequence[bytes], delay_s: int = 0, *,
+               limited: bool = True) -> Tuple[int, int]:
         """Append messages with one write; return the first one's id and the log's number of
-        this append, to wait for.
+        this append, to wait for. All or none; only a crash may leave the first part.
 
-        Raises ApiError 503 with nothing queued, LogFailed when that is not known.
+        Raises ApiError 413, 429 or 503 with nothing queued, LogFailed when that is not known.
         """
-        with self.lock:
-            self.check_room(sum(map(len, payloads)) + HEAD.size * len(payloads))
+        with self._turn:
+            if limited:
+                self.check_room(sum(map(len, payloads)), len(payloads))
             first, now_ms = self.state.next_id, self.now_ms()
             records = [Record(MESSAGE, first + number, now_ms, payload, 0, delay_s * 1000)
                        for number, payload in enumerate(payloads)]
             for record, (offset, size) in zip(records, self.log.append(records)):
                 self.state.apply(record, offset, size)
             self.in_total += len(records)
+            if delay_s:
+                self._wake_locked(now_ms + delay_s * 1000)
+            if self.config.ttl and self._expiry_ms == NEVER:
+                self._expiry_ms = now_ms + self.config.ttl * 1000
+                self._wake_locked(self._expiry_ms)
             return first, self.log.appends
 
-    def take(self, subscriber: str = FIFO) -> Optional[Delivery]:
-        """Lease the oldest ready message; None if there is none. Does not wait for a disk."""
+    # -- taking
+
+    def take(self, subscriber: str = FIFO, wish: Wish = ONE,
+             waiter: Optional[Waiter] = None) -> Optional[Delivery]:
+        """Take the oldest ready messages; without any return None, and `waiter` waits.
+
+        Does not wait for a disk. What is leased comes back at its deadline; the rest is to be
+        settled or retried by the caller.
+        """
+        while True:
+            with self._turn:
+                self._check_open()
+                now_ms = self.now_ms()
+                self._tick_locked(subscriber, now_ms)
+                if now_ms < self._expiry_ms:
+                    delivery = self._take_locked(subscriber, wish)
+                    if delivery is None and waiter:
+                        self._wait_locked(subscriber, waiter, now_ms)
+                    return delivery
+                self._expire_locked(now_ms)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ApiError(503, "The server is stopping; try again")
+
+    def _take_locked(self, subscriber: str, wish: Wish) -> Optional[Delivery]:
+        subscription, messages = self.state.subscriptions[subscriber], []
+        for message in choose(iter(subscription.look, None), wish):
+            subscription.lease(message)
+            messages.append(message)
+        if not messages:
+            return None
+        key = secrets.randbits(KEY_BITS) if wish.lease_s else None
+        if key is not None:
+            out = [(message.id, message.delivery) for message in messages]
+            self._lease_locked(subscriber, key, out, wish.lease_s)
+        return Delivery(subscriber, messages, key, wish.lines > 0 and is_line(messages[0].payload))
+
+    def _lease_locked(self, subscriber: str, key: int, out: Sequence[Tuple[int, int]],
+                      seconds: int) -> None:
+        deadline_ms = self.now_ms() + seconds * 1000
+        self._consumers[subscriber].add_lease(key, Lease(out, deadline_ms))
+        self._wake_locked(deadline_ms)
+
+    def peek(self, subscriber: str = FIFO, wish: Wish = ONE) -> Optional[Delivery]:
+        """Return what a take would, without taking it: a peek counts as no delivery."""
+        while self.tick() <= self._clock.monotonic_ms():
+            pass
+        with self._turn:
+            ready = choose(self.state.subscriptions[subscriber].upcoming(), wish)
+            messages = [message._replace(delivery=message.delivery - 1) for message in ready]
+        return Delivery(subscriber, messages, None, wish.lines > 0
+                        and is_line(messages[0].payload)) if messages else None
+
+    # -- waiting
+
+    def _wait_locked(self, subscriber: str, waiter: Waiter, now_ms: int) -> None:
+        waiter.deadline_ms = now_ms + waiter.wait_s * 1000
+        self._consumers[subscriber].add_waiter(waiter)
+        self._awaited.add(subscriber)
+        self._wake_locked(waiter.deadline_ms)
+
+    def _match_locked(self) -> None:
+        """Give what is ready to those who wait, first come, first served (invariant 2)."""
+        now_ms = self.now_ms()
+        self._expire_locked(now_ms)
+        if now_ms >= self._expiry_ms:        # more than one hold of the lock may take
+            self._wake_locked(now_ms)
+            return
+        for name in list(self._awaited):
+            waiters = self._consumers[name].waiters
+            while waiters and self.state.subscriptions[name].look():
+                _, waiter = waiters.popitem(last=False)
+                gone = waiter.is_gone()
+                self._answers.append((waiter, None if gone
+                                      else self._take_locked(name, waiter.wish)))
+            if not waiters:
+                self._awaited.discard(name)
+
+    def stop_waiting(self, subscriber: str, waiter: Waiter) -> bool:
+        """Forget a waiter that is not to be answered; False if it is too late for that."""
         with self.lock:
-            if self._closed:
-                raise ApiError(503, "The server is stopping; try again")
-            subscription = self.state.subscriptions[subscriber]
-            subscription.tick(self.now_ms())
-            message = subscription.take()
-        return Delivery(subscriber, [message]) if message else None
+            return self._consumers[subscriber].waiters.pop(waiter.key, None) is not None
+
+    def dismiss(self) -> None:
+        """Answer all who wait with None."""
+        with self._turn:
+            self._dismiss_locked(NEVER)
+
+    def _dismiss_locked(self, now_ms: int) -> None:
+        for name in list(self._awaited):
+            consumers = self._consumers[name]
+            for key in consumers.waiter_deadlines.pop_due(now_ms):
+                self._answers.append((consumers.waiters.pop(key), None))
+
+    # -- what was taken
 
     def settle(self, delivery: Delivery) -> None:
-        """The consumer is done: the messages are gone. Not durable on return."""
-        with self.lock:
-            now_ms = self.now_ms()
-            ids = [message.id for message in self._out_locked(delivery)]
-            self._note_locked([settled(first, last, delivery.subscriber, now_ms)
-                               for first, last in _runs(ids)])
-            self.out_total += len(ids)
+        """A delivery has left: what is not leased is gone. Not durable on return."""
+        if delivery.lease is None:
+            with self._turn:
+                self._settle_locked(delivery.subscriber, [m.id for m in delivery.messages])
 
-    def retry(self, delivery: Delivery, delay_s: int = 0) -> None:
-        """Put messages back at their old place, at once or after `delay_s`."""
-        with self.lock:
-            now_ms = self.now_ms()
-            due_ms = now_ms + delay_s * 1000 if delay_s else READY
-            messages = self._out_locked(delivery)
-            self._note_locked([retry(m.id, m.delivery, due_ms, delivery.subscriber, now_ms)
-                               for m in messages])
-            self.redelivered_total += len(messages)
+    def retry(self, delivery: Delivery) -> None:
+        """A delivery could not leave: its messages are back at their old place."""
+        with self._turn:
+            leases = self._consumers[delivery.subscriber].leases
+            if delivery.lease is not None and leases.pop(delivery.lease, None) is None:
+                return
+            out = [(m.id, m.delivery) for m in delivery.messages]
+            self._retry_locked(delivery.subscriber, out)
 
-    def _out_locked(self, delivery: Delivery) -> List[Message]:
+    def ack(self, subscriber: str, key: int) -> None:
+        """End a lease: its messages are gone. Not durable on return. Raises ApiError 410."""
+        with self._turn:
+            lease = self._end_lease_locked(subscriber, key)
+            self._settle_locked(subscriber, [message_id for message_id, _ in lease.out])
+
+    def nack(self, subscriber: str, key: int, delay_s: int = 0) -> None:
+        """End a lease: its messages come back, at once or after a delay. Raises ApiError 410."""
+        with self._turn:
+            lease = self._end_lease_locked(subscriber, key)
+            self._retry_locked(subscriber, lease.out, delay_s)
+
+    def extend(self, subscriber: str, key: int, seconds: int) -> None:
+        """Have a lease end in `seconds` from now. Raises ApiError 410."""
+        with self._turn:
+            lease = self._end_lease_locked(subscriber, key)
+            self._lease_locked(subscriber, key, lease.out, seconds)
+
+    def _end_lease_locked(self, subscriber: str, key: int) -> Lease:
+        self._check_open()
+        self._tick_locked(subscriber, self.now_ms())
+        lease = self._consumers[subscriber].leases.pop(key, None)
+        if lease is None:
+            raise ApiError(410, "No such lease in this queue: it expired, or is settled already")
+        return lease
+
+    def _settle_locked(self, subscriber: str, ids: Iterable[int]) -> None:
+        ids = self._out_locked(subscriber, ids)
+        self._note_settled_locked(subscriber, ids)
+        self.out_total += len(ids)
+
+    def _note_settled_locked(self, subscriber: str, ids: Iterable[int]) -> None:
+        now_ms = self.now_ms()
+        self._note_locked([settled(first, last, subscriber, now_ms)
+                           for first, last in _runs(ids)])
+
+    def _retry_locked(self, subscriber: str, out: Sequence[Tuple[int, int]],
+                      delay_s: int = 0) -> None:
+        now_ms = self.now_ms()
+        due_ms = now_ms + delay_s * 1000 if delay_s else READY
+        counts, most = dict(out), self.config.max_deliveries
+        ids = self._out_locked(subscriber, counts)
+        self._note_locked([retry(id_, counts[id_], due_ms, subscriber, now_ms) for id_ in ids])
+        expired = [id_ for id_ in ids if id_ <= self._expired_id]
+        spent = [id_ for id_ in ids if id_ > self._expired_id and most and counts[id_] >= most]
+        self._expel_locked(subscriber, expired, expired=True)
+        self._expel_locked(subscriber, spent)
+        self.redelivered_total += len(ids) - len(expired) - len(spent)
+        if due_ms:
+            self._wake_locked(due_ms)
+
+    def _out_locked(self, subscriber: str, ids: Iterable[int]) -> List[int]:
         """What of a delivery is still out: a late word on what is gone does nothing."""
-        subscription = self.state.subscriptions.get(delivery.subscriber)
-        if self._closed or subscription is None:
-            return []
-        return [m for m in delivery.messages if subscription.is_leased(m.id)]
+        subscription = self.state.subscriptions[subscriber]
+        return [] if self._closed else [id_ for id_ in ids if subscription.is_leased(id_)]
 
-    def counts_locked(self, subscription: Subscription) -> Dict[str, int]:
-        """Return how many messages are in each state."""
-        subscription.tick(self.now_ms())
-        return {"ready": subscription.ready_count, "leased": subscription.leased_count,
-                "delayed": subscription.delayed_count}
+    def purge(self) -> Tuple[int, int]:
+        """Drop every message and end all leases; return their number and that of the append,
+        to wait for. Raises ApiError 503 with nothing changed."""
+        with self._turn:
+            self._check_open()
+            count, now_ms = self.state.held()[0], self.now_ms()
+            records = [position(self.state.next_id, name, now_ms) for name in self._consumers]
+            self.log.append(records)
+            for record in records:
+                self.state.apply(record, 0, 0)
+            for consumers in self._consumers.values():
+                consumers.leases.clear()
+            self._dead.clear()
+            return count, self.log.appends
 
-    def oldest_age_s_locked(self, subscription: Subscription) -> float:
-        """Return the age of the oldest message that is not settled, 0 if there is none."""
+    # -- time, expiry and dead letters
+
+    def tick(self) -> int:
+        """Do what time brings: ends of leases, delays, waits and lives. Return when (monotonic
+        ms) there is more to do. Does not wait for a disk."""
+        with self._turn:
+            if self._closed:
+                return NEVER
+            now_ms = self.now_ms()
+            self._expire_locked(now_ms)
+            for name in self._consumers:
+                self._tick_locked(name, now_ms)
+            self._match_locked()
+            self._dismiss_locked(now_ms)
+            firsts = [(self._expiry_ms, 0)]
+            for name, consumers in self._consumers.items():
+                firsts += filter(None, (consumers.lease_deadlines.first(),
+                                        consumers.waiter_deadlines.first(),
+                                        self.state.subscriptions[name].delayed.first()))
+            return min(firsts)[0] - self._epoch_ms
+
+    def _tick_locked(self, subscriber: str, now_ms: int) -> None:
+        consumers, subscription = self._consumers[subscriber], self.state.subscriptions[subscriber]
+        if consumers.lease_deadlines.is_due(now_ms):
+            for key in consumers.lease_deadlines.pop_due(now_ms):
+                self._retry_locked(subscriber, consumers.leases.pop(key).out)
+        if subscription.delayed.is_due(now_ms):
+            subscription.tick(now_ms)
+
+    def _wake_locked(self, deadline_ms: int) -> None:
+        self._wake_at(deadline_ms - self._epoch_ms)
+
+    def _expire_locked(self, now_ms: int) -> None:
+        """Expel what is older than `ttl`, in the order of the log, as far as one hold of the
+        lock may take (invariant 3)."""
+        if now_ms < self._expiry_ms:
+            return
+        ttl_ms = (self.config.ttl or 0) * 1000
+        doomed: Dict[str, List[int]] = {name: [] for name in self._consumers}
+        self._expiry_ms = NEVER
+        records = self.log.scan(self._expiry_offset, self.log.tail, AHEAD_BYTES)
+        for seen, (_, end, record) in enumerate(records):
+            if seen == EXPIRED_AT_ONCE:
+                self._expiry_ms = now_ms
+                break
+            if record and record.type == MESSAGE and self.state.holds(record.id):
+                if record.time_ms + ttl_ms > now_ms:
+                    self._expiry_ms = record.time_ms + ttl_ms
+                    break
+                self._expired_id = record.id
+                for name, ids in doomed.items():
+                    subscription = self.state.subscriptions[name]
+                    if subscription.holds(record.id) and not subscription.is_leased(record.id):
+                        ids.append(record.id)
+            self._expiry_offset = end
+        for name, ids in doomed.items():
+            self._expel_locked(name, ids, expired=True)
+
+    def _expel_locked(self, subscriber: str, ids: Sequence[int], *, expired: bool = False) -> None:
+        """Take messages that are not leased out of the queue: to be dead-lettered, or gone."""
+        if expired:
+            self.expired_total += len(ids)
+        if self.config.dead_letter:
+            for message_id in ids:
+                self.state.subscriptions[subscriber].lease_id(message_id)
+                self._dead[subscriber, message_id] = True
+        else:
+            self._note_settled_locked(subscriber, ids)
+            self.dead_lettered_total += 0 if expired else len(ids)
+
+    def _expel_spent_locked(self) -> None:
+        """After a start, for the limit may be a new one."""
+        most = self.config.max_deliveries
+        for name in self._consumers if most else ():
+            self._expel_locked(name, self.state.subscriptions[name].spent_ids(most or 0))
+
+    def dead_letters(self) -> List[Tuple[str, Message]]:
+        """Return the next messages to be dead-lettered, by subscriber; about a MiB at most."""
+        found: List[Tuple[str, Message]] = []
+        size = 0
+        with self.lock:
+            for name, message_id in list(itertools.islice(self._dead, DEAD_AT_ONCE)):
+                message = self.state.subscriptions[name].message(message_id)
+                if message is None:
+                    del self._dead[name, message_id]
+                    continue
+                found.append((name, message))
+                size += len(message.payload)
+                if size >= MIB:
+                    break
+        return found
+
+    def bury(self, letters: Sequence[Tuple[str, Message]]) -> None:
+        """Forget dead letters that are safe in their new queue. Not durable on return."""
+        with self._turn:
+            for name in {name for name, _ in letters}:
+                ids = [m.id for owner, m in letters if owner == name
+                       and self._dead.pop((name, m.id), False)]
+                self._note_settled_locked(name, ids)
+                self.dead_lettered_total += len(ids)
+
+    # -- numbers
+
+    def numbers(self) -> Dict[str, Any]:
+        """Return what there is to tell, by the names of the metrics; `subscribers` by name."""
+        self.tick()
+        with self.lock:
+            return {"kind": self.config.kind,
+                    "subscribers": {name: self._numbers_locked(name) for name in self._consumers},
+                    "log_bytes": self.log.tail, "messages_in_total": self.in_total,
+                    "messages_out_total": self.out_total,
+                    "messages_redelivered_total": self.redelivered_total,
+                    "messages_expired_total": self.expired_total,
+                    "messages_dead_lettered_total": self.dead_lettered_total,
+                    "corrupt_records_total": self.log.corrupt_records,
+                    "compactions_total": self.compactions_total}
+
+    def _numbers_locked(self, subscriber: str) -> Dict[str, float]:
+        subscription = self.state.subscriptions[subscriber]
         record = subscription.oldest()
-        return max(0, self.now_ms() - record.time_ms) / 1000 if record else 0.0
+        age_ms = max(0, self.now_ms() - record.time_ms) if record else 0
+        return {"ready": subscription.ready_count, "leased": subscription.leased_count,
+                "delayed": subscription.delayed_count,
+                "oldest_message_age_seconds": age_ms / 1000}
 
     def _note_locked(self, records: Sequence[Record]) -> None:
         """Append and apply what must not be refused. On a full disk memory alone knows it,
@@ -1716,6 +2220,12 @@ class Queue:
             self._bookmark_tail, self._bookmark_bytes = snapshot.tail_offset, len(data)
 
     # -- compaction
+
+    def use_locked(self, state: State) -> None:
+        """Go on with the state of a new log, which tells all that memory knows."""
+        self.state, self._unlogged = state, False
+        self._expiry_offset = HEADER.size
+        self._expiry_ms = min(self._expiry_ms, 0 if self.config.ttl else NEVER)
 
     def wants_compaction(self) -> bool:
         """Tell whether a rewrite is due: for dead bytes, a full disk, or a path that is lost."""
@@ -1858,7 +2368,7 @@ class Compaction:
             raise CompactionFailed("the new log does not tell what memory knows; the old one stays")
         queue.log.replace_with(self._fresh)
         state.log, state.next_id = queue.log, max(state.next_id, queue.state.next_id)
-        queue.state, queue._unlogged = state, False
+        queue.use_locked(state)
 
 
 def _runs(ids: Iterable[int]) -> List[List[int]]:
@@ -1900,16 +2410,21 @@ class Broker:
         self.config, self.on_failure = config, on_failure
         self.tokens = {token.digest: token for token in config.tokens}
         self.space = Space(settings.path, settings.min_free_bytes)
+        self._clock = clock or Clock()
+        self._timing = threading.Condition()
+        self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
-                                        fsync=settings.fsync, clock=clock, space=self.space)
+                                        fsync=settings.fsync, clock=clock, space=self.space,
+                                        wake_at=self._wake_at)
                        for item in config.queues}
         self._low_space = False
+        self._stuck: Set[str] = set()        # queues whose dead letters find no space
         self._stopping = threading.Event()
         self._jobs: queues.SimpleQueue[Optional[Job]] = queues.SimpleQueue()
         self._compacting: Set[str] = set()
         self._threads = [threading.Thread(target=self._guard, args=(work,), name=work.__name__,
                                           daemon=True)
-                         for work in (self._upkeep, self._compactor)]
+                         for work in (self._timers, self._upkeep, self._compactor)]
 
     def lock(self) -> None:
         """Lock every queue's folder, in sorted order; all or none. Raises StorageError."""
@@ -1931,6 +2446,7 @@ class Broker:
     def close(self) -> None:
         """Stop the threads and close every queue with a clean bookmark."""
         self._stopping.set()
+        self._wake_at(0)
         self._jobs.put(None)
         for thread in self._threads:
             if thread.ident is not None:
@@ -1956,17 +2472,55 @@ class Broker:
         except LogFailed as failure:
             self.on_failure(failure)
 
+    def _wake_at(self, monotonic_ms: int) -> None:
+        """Have the queues ticked no later than then. A queue calls it under its lock, before
+        it can be ticked: so what is read here without a lock is never too low for it."""
+        if monotonic_ms < self._tick_ms:
+            with self._timing:
+                self._tick_ms = min(self._tick_ms, monotonic_ms)
+                self._timing.notify()
+
+    def _timers(self) -> None:
+        while not self._stopping.is_set():
+            with self._timing:
+                self._tick_ms = NEVER
+            for queue in self.queues.values():
+                self._wake_at(queue.tick())
+            with self._timing:
+                while not self._stopping.is_set():
+                    left_ms = self._tick_ms - self._clock.monotonic_ms()
+                    if left_ms <= 0:
+                        break
+                    self._timing.wait(min(left_ms, MAX_SLEEP_MS) / 1000)
+
     def _upkeep(self) -> None:
         while not self._stopping.wait(1):
             self._watch_space()
             for queue in self.queues.values():
                 if queue.log.fsync == "everysec":
                     queue.log.sync()
+                self._move_dead_letters(queue)
                 if queue.wants_bookmark():
                     queue.bookmark()
                 if queue.config.name not in self._compacting and queue.wants_compaction():
                     self._compacting.add(queue.config.name)
                     self._jobs.put(Job(queue))
+
+    def _move_dead_letters(self, queue: Queue) -> None:
+        """Put dead letters where they belong, then settle them: a crash between repeats them.
+        Never holds two queues' locks."""
+        for letters in iter(queue.dead_letters, []):
+            target = self.queues[queue.config.dead_letter or ""]
+            try:
+                target.put([message.payload for _, message in letters], limited=False)
+            except ApiError as error:        # they stay where they are, to be tried again
+                if queue.config.name not in self._stuck:
+                    event(logging.WARNING, "dead_letters_wait", queue=queue.config.name,
+                          error=error)
+                self._stuck.add(queue.config.name)
+                return
+            self._stuck.discard(queue.config.name)
+            queue.bury(letters)
 
     def _compactor(self) -> None:
         for job in iter(self._jobs.get, None):
@@ -2027,6 +2581,9 @@ METRICS: Sequence[Tuple[str, str, str]] = (
     (PREFIX + "oldest_message_age_seconds", "gauge", "Age of the oldest message, 0 when empty"),
     (PREFIX + "log_bytes", "gauge", "Size of a queue's data.log"),
     (PREFIX + "messages_redelivered_total", "counter", "Messages that came back to be taken again"),
+    (PREFIX + "messages_expired_total", "counter", "Messages that grew older than ttl"),
+    (PREFIX + "messages_dead_lettered_total", "counter",
+     "Messages moved to the dead-letter queue, or dropped after max_deliveries for lack of one"),
     (PREFIX + "corrupt_records_total", "counter", "Damaged places found in a queue's log"),
     (PREFIX + "compactions_total", "counter", "Rewrites of a queue's log"),
     (PREFIX + "http_requests_total", "counter", "Answered requests"),
@@ -2054,24 +2611,17 @@ def _escape(label: str) -> str:
     return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def queue_samples(queue: Queue) -> Dict[str, List[Sample]]:
-    """Return what there is to tell of one queue, by metric name without its prefix."""
-    name = {"queue_name": queue.config.name}
-    with queue.lock:
-        found: Dict[str, List[Sample]] = {
-            "messages_in_total": [(name, queue.in_total)],
-            "messages_out_total": [(name, queue.out_total)],
-            "log_bytes": [(name, queue.log.tail)],
-            "messages_redelivered_total": [(name, queue.redelivered_total)],
-            "corrupt_records_total": [(name, queue.log.corrupt_records)],
-            "compactions_total": [(name, queue.compactions_total)],
-            "messages": [], "oldest_message_age_seconds": []}
-        for subscriber, subscription in queue.state.subscriptions.items():
-            labels = {**name, "subscriber": subscriber}
-            found["messages"] += [({**labels, "state": state}, count)
-                                  for state, count in queue.counts_locked(subscription).items()]
-            age_s = queue.oldest_age_s_locked(subscription)
-            found["oldest_message_age_seconds"].append((labels, age_s))
+def queue_samples(name: str, numbers: Mapping[str, Any]) -> Dict[str, List[Sample]]:
+    """Return what `Queue.numbers` tells as samples, by metric name without its prefix."""
+    found: Dict[str, List[Sample]] = {
+        key: [({"queue_name": name}, value)] for key, value in numbers.items()
+        if key not in ("kind", "subscribers")}
+    for subscriber, counts in numbers["subscribers"].items():
+        labels = {"queue_name": name, "subscriber": subscriber}
+        found.setdefault("oldest_message_age_seconds", []).append(
+            (labels, counts["oldest_message_age_seconds"]))
+        found.setdefault("messages", []).extend(
+            ({**labels, "state": state}, counts[state]) for state in ("ready", "leased", "delayed"))
     return found
 
 
@@ -2105,6 +2655,9 @@ BEARER = re.compile(rb"(?i:bearer) +([!-~]+)")
 PATH = re.compile(r"/(?:([a-z]+)(?:/([-a-zA-Z0-9]{1,50}))?/?)?")
 ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?]*")
 PARAMETER = re.compile(r"([a-z]+)=([-_A-Za-z0-9]+)")
+NUMBER = re.compile(r"[0-9]{1,8}")
+LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
+NDJSON = b"application/x-ndjson"
 STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\nServer: micro-queue\r\nDate: "
                 % (status.value, status.phrase.encode()) for status in http.HTTPStatus}
 TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
@@ -2125,6 +2678,7 @@ class Request(NamedTuple):
     keep_alive: bool
     old: bool                                # HTTP/1.0
     encoding: str
+    lines: bool                              # the body is application/x-ndjson
     forwarded: str
 
     @property
@@ -2132,15 +2686,23 @@ class Request(NamedTuple):
         return self.chunked or self.length > 0
 
 
+class Pending(NamedTuple):
+    """An answer that is not there yet. `start(finish)` has `finish(answer)` called once, from
+    any thread; `stop` undoes that for a client that is gone, False if it is too late."""
+
+    start: Callable[[Callable[[Answer], None]], None]
+    stop: Callable[[], bool] = lambda: False
+
+
 class Answer(NamedTuple):
-    """What to send. `delivery` is settled once it was sent, and put back if that failed;
-    `append` (a log and the number of an append) must be durable before."""
+    """What to send. `delivery` is settled once it was sent, and put back if that failed. With
+    `pending`, it is another answer that is sent, later."""
 
     status: int = 200
     body: bytes = b""
     headers: bytes = b""
     delivery: Optional[Tuple[Queue, Delivery]] = None
-    append: Optional[Tuple[Log, int]] = None
+    pending: Optional[Pending] = None
 
 
 def malformed(what: str, status: int = 400) -> ApiError:
@@ -2171,6 +2733,7 @@ def parse_request(head: bytes) -> Request:
         b"authorization" in fields, length, chunked, parse_expect(fields, old),
         parse_keep_alive(fields, old), old,
         fields.get(b"content-encoding", b"").decode("latin-1"),
+        fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
         fields.get(b"x-forwarded-for", b"")[:200].decode("latin-1"))
 
 
@@ -2273,21 +2836,43 @@ class Call(NamedTuple):
 
     server: Server
     request: Request
+    token: Optional[Token]
     queue: Optional[Queue]
-    parameters: Mapping[str, str]
+    parameters: Mapping[str, int]
     read_body: Callable[[], bytes]
     before_blocking: Callable[[], None]      # to be called before anything that waits
+    is_gone: Callable[[], bool]              # whether the client hung up
+
+
+class Parameter(NamedTuple):
+    """A number of a query, or a Lease-Id where `high` is 0."""
+
+    low: int = 0
+    high: int = 0
+    required: bool = False
+
+    def parse(self, text: str) -> Optional[int]:
+        if not self.high:
+            return int(text, 16) if LEASE_ID.fullmatch(text) else None
+        good = NUMBER.fullmatch(text) and self.low <= int(text) <= self.high
+        return int(text) if good else None
+
+    @property
+    def text(self) -> str:
+        return (f"a whole number from {self.low} to {self.high}" if self.high
+                else "the Lease-Id that /out answered")
 
 
 class Action(NamedTuple):
     """A row of the API: 404, 405, Allow, OPTIONS, permission and metric follow from it."""
 
     methods: Sequence[str]
-    permission: str                          # post, get, admin; "" needs no token
+    permission: str                          # post, get, admin, any; "" needs no token
     call: Callable[[Call], Answer]
     text: str
-    parameters: Sequence[str] = ()
+    parameters: Mapping[str, Parameter] = {}
     takes_body: bool = False
+    on_queue: Optional[bool] = True          # whether it names a queue; None: it may
 
     @property
     def allow(self) -> str:
@@ -2295,27 +2880,104 @@ class Action(NamedTuple):
 
 
 def put(call: Call) -> Answer:
-    queue = _queue(call)
-    if call.request.encoding not in ("", "identity"):
+    queue, request = _queue(call), call.request
+    if request.encoding not in ("", "identity"):
         raise ApiError(415, "Send the message without a Content-Encoding")
-    queue.check_room()
-    payload = call.read_body()
-    if not payload:
+    queue.check_room(0 if request.lines else request.length)
+    body = call.read_body()
+    payloads = split_lines(body) if request.lines else [body]
+    if not payloads or not payloads[0]:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
-    first, number = queue.append((payload,))
-    return Answer(headers=b"Message-Id: %d\r\n" % first, append=(queue.log, number))
+    first, number = queue.append(payloads, call.parameters.get("delay", 0))
+    count = b"Message-Count: %d\r\n" % len(payloads) if request.lines else b""
+    return once_durable(call, number, Answer(headers=b"Message-Id: %d\r\n%b" % (first, count)))
+
+
+def split_lines(body: bytes) -> List[bytes]:
+    """Return the messages of an NDJSON body. Raises ApiError 413."""
+    lines = [line for line in body.replace(b"\r\n", b"\n").split(b"\n") if line]
+    if len(lines) > MAX_LINES:
+        raise ApiError(413, f"More than {MAX_LINES} lines; send them in parts")
+    return lines
+
+
+def once_durable(call: Call, number: int, answer: Answer) -> Answer:
+    """Return an answer that waits until append `number` of the queue's log is durable."""
+    server, log = call.server, _queue(call).log
+    if log.fsync != "always":
+        return answer
+
+    def start(finish: Callable[[Answer], None]) -> None:
+        def done(failure: Optional[LogFailed]) -> None:
+            if failure:
+                server.storage_failed(failure)
+            finish(answer)
+        if log.when_durable(number, done):
+            server.lead(log)
+    return Answer(pending=Pending(start))
 
 
 def take(call: Call) -> Answer:
-    queue = _queue(call)
-    delivery = queue.take()
+    queue, wish = _queue(call), _wish(call)
+    wait_s = call.parameters.get("wait", 0)
+    if not wait_s:
+        return answer_with(queue, queue.take(FIFO, wish))
+    answers: List[Callable[[Answer], None]] = []
+
+    def answer(delivery: Optional[Delivery]) -> None:
+        late = delivery is None and call.server.unready
+        answers[0](error_answer(unready(call.server)) if late else answer_with(queue, delivery))
+
+    waiter = Waiter(wish, wait_s, answer, call.is_gone)
+
+    def start(finish: Callable[[Answer], None]) -> None:
+        answers.append(finish)
+        delivery = queue.take(FIFO, wish, waiter)
+        if delivery:
+            answer(delivery)
+    return Answer(pending=Pending(start, lambda: queue.stop_waiting(FIFO, waiter)))
+
+
+def _wish(call: Call) -> Wish:
+    return Wish(call.parameters.get("max", 0), call.server.config.settings.max_message_bytes,
+                call.parameters.get("lease", 0))
+
+
+def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
+    """Return a delivery as an answer: one message as it is, or lines."""
     if delivery is None:
         return Answer(404, b"Queue is empty\n", TEXT + b"Message-Count: 0\r\n")
-    message = delivery.messages[0]
-    age_s = max(0, queue.now_ms() - message.time_ms) // 1000
-    headers = b"%bMessage-Id: %d\r\nMessage-Age: %d\r\nDelivery-Count: %d\r\n" % (
-        queue.content_type, message.id, age_s, message.delivery)
-    return Answer(200, message.payload, headers, (queue, delivery))
+    first, body, content_type = delivery.messages[0], b"", queue.content_type
+    headers = b"Message-Id: %d\r\nMessage-Age: %d\r\nDelivery-Count: %d\r\n" % (
+        first.id, max(0, queue.now_ms() - first.time_ms) // 1000, first.delivery)
+    if delivery.as_lines:
+        content_type = b"Content-Type: %b\r\n" % NDJSON
+        headers += b"Message-Count: %d\r\n" % len(delivery.messages)
+        body = b"".join([m.payload if m.payload.endswith(b"\n") else m.payload + b"\n"
+                         for m in delivery.messages])
+    if delivery.lease is not None:
+        headers += b"Lease-Id: %0*x\r\n" % (KEY_BITS // 4, delivery.lease)
+    return Answer(200, body or first.payload, content_type + headers, (queue, delivery))
+
+
+def ack(call: Call) -> Answer:
+    _queue(call).ack(FIFO, call.parameters["lease"])
+    return Answer()
+
+
+def nack(call: Call) -> Answer:
+    _queue(call).nack(FIFO, call.parameters["lease"], call.parameters.get("delay", 0))
+    return Answer()
+
+
+def extend(call: Call) -> Answer:
+    _queue(call).extend(FIFO, call.parameters["lease"], call.parameters["seconds"])
+    return Answer()
+
+
+def peek(call: Call) -> Answer:
+    queue = _queue(call)
+    return answer_with(queue, queue.peek(FIFO, _wish(call)))._replace(delivery=None)
 
 
 def compact(call: Call) -> Answer:
@@ -2324,9 +2986,38 @@ def compact(call: Call) -> Answer:
     return Answer()
 
 
+def purge(call: Call) -> Answer:
+    count, number = _queue(call).purge()
+    return once_durable(call, number, Answer(200, b"%d\n" % count, TEXT))
+
+
 def _queue(call: Call) -> Queue:
     assert call.queue is not None            # dispatch looked it up
     return call.queue
+
+
+def show_stats(call: Call) -> Answer:
+    """Tell of one queue, or of all that the token may use."""
+    queues = {name: queue for name, queue in call.server.broker.queues.items()
+              if call.token and call.token.may("any", name)}
+    stats = {name: stats_of(queue.numbers()) for name, queue in queues.items()
+             if call.queue in (None, queue)}
+    value = stats if call.queue is None else stats[call.queue.config.name]
+    return Answer(200, json.dumps(value).encode() + b"\n", b"Content-Type: application/json\r\n")
+
+
+def stats_of(numbers: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return a queue's numbers with those of its subscribers summed up."""
+    subscribers = numbers["subscribers"].values()
+    total = {key: sum(counts[key] for counts in subscribers)
+             for key in ("ready", "leased", "delayed")}
+    age_s = max(counts["oldest_message_age_seconds"] for counts in subscribers)
+    rest = {key: value for key, value in numbers.items() if key != "subscribers"}
+    return {**total, "oldest_message_age_seconds": age_s, **rest}
+
+
+def unready(server: Server) -> ApiError:
+    return ApiError(503, f"Not ready: {server.unready}")
 
 
 def show_root(call: Call) -> Answer:
@@ -2334,9 +3025,8 @@ def show_root(call: Call) -> Answer:
 
 
 def show_ready(call: Call) -> Answer:
-    reason = call.server.unready
-    if reason:
-        raise ApiError(503, f"Not ready: {reason}")
+    if call.server.unready:
+        raise unready(call.server)
     return Answer(200, b"ready\n", TEXT)
 
 
@@ -2347,17 +3037,39 @@ def show_metrics(call: Call) -> Answer:
     return Answer(200, render_metrics(call.server.samples()), headers)
 
 
+GET_OR_POST, GET_OR_HEAD = ("GET", "POST"), ("GET", "HEAD")
+LEASE = Parameter(required=True)
+DELAY = Parameter(0, 30 * 24 * 3600)
+LEASE_SECONDS = Parameter(1, 12 * 3600)
+MAX = Parameter(1, 1000)
+
 ACTIONS: Mapping[str, Action] = {
     "in": Action(("POST",), "post", put,
-                 "POST: put the request's body into the queue as one message", takes_body=True),
-    "out": Action(("GET", "POST"), "get", take,
-                  "GET: take the oldest message out of the queue"),
-    "compact": Action(("GET", "POST"), "admin", compact,
+                 "POST: put the body into the queue as a message, or as one a line (NDJSON)",
+                 {"delay": DELAY}, takes_body=True),
+    "out": Action(GET_OR_POST, "get", take, "GET: take the oldest message out of the queue",
+                  {"wait": Parameter(0, 300), "lease": LEASE_SECONDS, "max": MAX}),
+    "ack": Action(("POST",), "get", ack, "POST: the messages of a lease are done",
+                  {"lease": LEASE}),
+    "nack": Action(("POST",), "get", nack, "POST: the messages of a lease come back",
+                   {"lease": LEASE, "delay": DELAY}),
+    "extend": Action(("POST",), "get", extend, "POST: a lease ends in so many seconds from now",
+                     {"lease": LEASE, "seconds": LEASE_SECONDS._replace(required=True)}),
+    "peek": Action(GET_OR_HEAD, "get", peek, "GET: look at the oldest message without taking it",
+                   {"max": MAX}),
+    "compact": Action(GET_OR_POST, "admin", compact,
                       "GET: rewrite the queue's log without dead bytes"),
-    "": Action(("GET", "HEAD"), "", show_root, "GET: one line that the service runs"),
-    "healthz": Action(("GET", "HEAD"), "", show_root, "GET: 200 while the process serves"),
-    "readyz": Action(("GET", "HEAD"), "", show_ready, "GET: 200 when queues are served"),
-    "metrics": Action(("GET", "HEAD"), "", show_metrics, "GET: metrics for Prometheus"),
+    "purge": Action(("POST",), "admin", purge, "POST: drop every message of the queue"),
+    "stats": Action(GET_OR_HEAD, "any", show_stats, "GET: numbers of the token's queues as JSON",
+                    on_queue=None),
+    "": Action(GET_OR_HEAD, "", show_root, "GET: one line that the service runs",
+               on_queue=False),
+    "healthz": Action(GET_OR_HEAD, "", show_root, "GET: 200 while the process serves",
+                      on_queue=False),
+    "readyz": Action(GET_OR_HEAD, "", show_ready, "GET: 200 when queues are served",
+                     on_queue=False),
+    "metrics": Action(GET_OR_HEAD, "", show_metrics, "GET: metrics for Prometheus",
+                      on_queue=False),
 }
 
 
@@ -2366,27 +3078,30 @@ PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 def dispatch(handler: Handler, request: Request) -> Answer:
     """Check a request in the documented order and call its action. Raises ApiError."""
-    server = handler.server
-    action = ACTIONS.get(request.action) if request.action is not None else None
-    if action and bool(request.queue) != bool(action.permission):
-        action = None
+    server, action = handler.server, find_action(request)
     if request.method == "OPTIONS":
         return describe(request, action)
-    queue, parameters = None, {}             # type: Tuple[Optional[Queue], Mapping[str, str]]
+    token: Optional[Token] = None
+    queue: Optional[Queue] = None
     if action is None or action.permission:
-        queue = authorize(server, request, action, handler.client_address)
+        token, queue = authorize(server, request, action, handler.client_address)
     assert action is not None                # authorize raised
     if request.method not in action.methods:
         raise ApiError(405, f"Use {' or '.join(action.methods)} here",
                        headers=b"Allow: %b\r\n" % action.allow.encode())
-    if request.query and action.permission:
-        parameters = parse_parameters(request.query, action)
+    parameters = parse_parameters(request.query, action) if action.permission else {}
     if request.has_body and not action.takes_body:
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
     if request.length > server.config.settings.max_message_bytes:
         raise too_large(server)
-    return action.call(Call(server, request, queue, parameters, handler.read_body,
-                            handler.before_blocking))
+    return action.call(Call(server, request, token, queue, parameters, handler.read_body,
+                            handler.before_blocking, handler.is_gone))
+
+
+def find_action(request: Request) -> Optional[Action]:
+    action = ACTIONS.get(request.action) if request.action is not None else None
+    names_queue = request.queue is not None
+    return action if action and action.on_queue in (names_queue, None) else None
 
 
 def describe(request: Request, action: Optional[Action]) -> Answer:
@@ -2414,10 +3129,10 @@ def too_large(server: Server) -> ApiError:
 
 
 def authorize(server: Server, request: Request, action: Optional[Action],
-              client: Tuple[Any, ...]) -> Queue:
-    """Return the queue that the request's token may use for this action."""
+              client: Tuple[Any, ...]) -> Tuple[Token, Optional[Queue]]:
+    """Return the request's token and the queue that it may use for this action, if any."""
     if server.unready:
-        raise ApiError(503, f"Not ready: {server.unready}")
+        raise unready(server)
     token = server.broker.tokens.get(request.token_digest or b"")
     if token is None:
         reason = ("Unknown token" if request.token_digest else "Malformed Authorization header"
@@ -2425,8 +3140,10 @@ def authorize(server: Server, request: Request, action: Optional[Action],
         log_request(logging.WARNING, "unauthorized", request, client, reason=reason)
         raise ApiError(401, f"{reason}; use 'Authorization: Bearer <token>'",
                        headers=b"WWW-Authenticate: Bearer\r\n")
-    if action is None or request.queue is None:
+    if action is None:
         raise no_such_path()
+    if request.queue is None:
+        return token, None
     if not token.may(action.permission, request.queue):
         log_request(logging.WARNING, "forbidden", request, client, token=token.name,
                     action=request.action, queue=request.queue)
@@ -2435,7 +3152,7 @@ def authorize(server: Server, request: Request, action: Optional[Action],
     queue = server.broker.queues.get(request.queue)
     if queue is None:
         raise ApiError(404, f"No queue is named {request.queue}; queues stand in the config")
-    return queue
+    return token, queue
 
 
 def log_request(level: int, name: str, request: Request, client: Tuple[Any, ...],
@@ -2445,18 +3162,24 @@ def log_request(level: int, name: str, request: Request, client: Tuple[Any, ...]
     event(level, name, client=f"{client[0]}:{client[1]}", **forwarded, **fields)
 
 
-def parse_parameters(query: str, action: Action) -> Mapping[str, str]:
-    """Return the query's parameters, each known to the action, given once and not empty."""
-    parameters: Dict[str, str] = {}
-    for part in query.split("&"):
+def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
+    """Return the query's parameters, each known to the action, given once and in its range."""
+    found: Dict[str, int] = {}
+    for part in query.split("&") if query else ():
         match = PARAMETER.fullmatch(part)
-        name = match[1] if match else None
-        if match is None or name not in action.parameters or name in parameters:
+        parameter = action.parameters.get(match[1]) if match else None
+        if match is None or parameter is None or match[1] in found:
             known = ", ".join(action.parameters) or "none"
             raise ApiError(400, f"Parameter {json.dumps(part[:80])} is unknown, empty, repeated "
                                 f"or malformed; known here: {known}")
-        parameters[match[1]] = match[2]
-    return parameters
+        value = parameter.parse(match[2])
+        if value is None:
+            raise ApiError(400, f"Parameter {match[1]} must be {parameter.text}")
+        found[match[1]] = value
+    for name, parameter in action.parameters.items():
+        if parameter.required and name not in found:
+            raise ApiError(400, f"Parameter {name} is missing: add ?{name}=, {parameter.text}")
+    return found
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2477,6 +3200,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.busy = False                    # between a request's first byte and its answer
         self.parked = False                  # the answer waits for a sync
         self.polled = False                  # the server's poll looks at this connection
+        self.muted = False                   # it does so for a hang-up only
+        self.stop_waiting: Callable[[], bool] = lambda: False    # of a parked answer
         self.deadline = 0.0                  # when an idle or lingering connection is closed
         self._lingering = False
         self._data = b""                     # received, not yet used
@@ -2534,6 +3259,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._lingering, self._data = True, b""
         self.server.resume(self, LINGER_S)
 
+    def is_gone(self) -> bool:
+        """Tell at once whether the client hung up, or will send no more."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def before_blocking(self) -> None:
         """Let another thread serve the other connections while this one waits."""
         self.server.step_down(self)
@@ -2555,18 +3286,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             close, answer = error.close, error_answer(error)
         except LogFailed as failure:
             self.server.storage_failed(failure)
-        reply = self._reply(request, answer, close, started)
-        if answer.append is None:
-            return reply.send(None)
-        log, number = answer.append
-        if self._data:                       # more requests came with this one: in order
-            self.before_blocking()
-            log.wait_durable(number)
-            return reply.send(None)
-        self.parked = True
-        if log.when_durable(number, reply.send_parked):
-            self.server.lead(log)
+        pending = answer.pending
+        if pending and self._data:           # more requests came with this one: in order
+            answer, pending = self._wait_for(pending), None
+        if pending is None:
+            return self._reply(request, answer, close, started).send()
+        self.parked, self.stop_waiting = True, pending.stop
+        self._start(pending, lambda final: self._reply(
+            request, final, close, started).send_parked())
         return False
+
+    def _start(self, pending: Pending, finish: Callable[[Answer], None]) -> None:
+        """Have `finish` called with what a pending answer becomes; it may be already."""
+        try:
+            pending.start(finish)
+        except ApiError as error:
+            finish(error_answer(error))
+        except LogFailed as failure:
+            self.server.storage_failed(failure)
+
+    def _wait_for(self, pending: Pending) -> Answer:
+        final: queues.SimpleQueue[Answer] = queues.SimpleQueue()
+        self.before_blocking()
+        self._start(pending, final.put)
+        return final.get()
 
     def _reply(self, request: Optional[Request], answer: Answer, close: bool,
                started: float) -> Reply:
@@ -2679,16 +3422,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- writing
 
-    def _send(self, data: bytes) -> None:
-        """Send all of `data`. Raises OSError if the client is gone or takes nothing for
-        `request_timeout`."""
-        sent = self._send_some(data)
-        if sent < len(data):
-            rest = memoryview(data)[sent:]
-            while rest:
-                if not self._wait(select.POLLOUT, self.server.config.settings.request_timeout):
-                    raise TimeoutError("the client does not take its answer")
-                rest = rest[self._send_some(rest):]
+    def _send(self, data: bytes, start: int = 0) -> None:
+        """Send `data` from `start` on. Raises OSError if the client is gone or takes nothing
+        for `request_timeout`."""
+        start += self._send_some(data) if not start else 0
+        rest = memoryview(data)[start:]
+        while rest:
+            if not self._wait(select.POLLOUT, self.server.config.settings.request_timeout):
+                raise TimeoutError("the client does not take its answer")
+            rest = rest[self._send_some(rest):]
 
     def _send_some(self, data: Any) -> int:
         try:
@@ -2709,14 +3451,13 @@ class Reply(NamedTuple):
     skip: int                                # bytes of an unread body
     started: float
 
-    def send(self, failure: Optional[LogFailed]) -> bool:
-        """Send; return whether the connection goes on. Raises OSError."""
+    def send(self, start: int = 0) -> bool:
+        """Send from `start` on; return whether the connection goes on. Raises OSError."""
         handler, server, delivery = self.handler, self.handler.server, self.answer.delivery
-        if failure:
-            server.storage_failed(failure)
         sent = False
         try:
-            handler._send(self.data)
+            if start < len(self.data):
+                handler._send(self.data, start)
             sent = True
         finally:
             if delivery:
@@ -2732,10 +3473,27 @@ class Reply(NamedTuple):
             handler._read_exactly(self.skip)
         return self.keep_alive
 
-    def send_parked(self, failure: Optional[LogFailed]) -> None:
-        """Send from the thread that led the sync, which others wait for: raises nothing."""
+    def send_parked(self) -> None:
+        """Send from a thread that has more to do: raises nothing, and waits for no client."""
         try:
-            if self.send(failure):
+            start = self.handler._send_some(self.data)
+        except OSError:                      # as it will again
+            self._finish(0)
+            return
+        if start == len(self.data) or not self._go_on_aside(start):
+            self._finish(start)
+
+    def _go_on_aside(self, start: int) -> bool:
+        try:
+            threading.Thread(target=self._finish, args=(start,), daemon=True).start()
+        except RuntimeError as error:        # without one, this thread has to wait
+            event(logging.ERROR, "cannot_start_thread", error=error)
+            return False
+        return True
+
+    def _finish(self, start: int) -> None:
+        try:
+            if self.send(start):
                 self.handler.server.resume(self.handler)
         except OSError:
             self.handler.close()
@@ -2946,17 +3704,31 @@ class Server(http.server.ThreadingHTTPServer):
         handler = self.handlers.get(fd)
         if handler is None:
             return
-        if handler.parked:
-            with self._pool:
-                if handler.parked:           # what comes meanwhile is served afterwards
-                    self._epoll.unregister(fd)
-                    handler.polled = False
-                    return
+        if handler.parked and self._look_at_parked(handler):
+            return
         try:
             handler.on_readable()
         except Exception:                    # not for anything that a client or a disk can do
             log_event.exception("connection_failed client=%s", handler.client_address[0])
             handler.close()
+
+    def _look_at_parked(self, handler: Handler) -> bool:
+        """What comes while an answer is awaited is served afterwards; a client that hung up
+        waits no longer. Return whether the answer is still awaited."""
+        gone = handler.is_gone()
+        if gone and handler.stop_waiting():
+            handler.close()
+            return True
+        with self._pool:
+            if not handler.parked:
+                return False
+            if gone:
+                self._epoll.unregister(handler.connection)
+                handler.polled = False
+            else:
+                self._epoll.modify(handler.connection, select.EPOLLRDHUP)
+                handler.muted = True
+        return True
 
     def resume(self, handler: Handler, seconds: Optional[float] = None) -> None:
         """Look at a connection again, for `seconds`; by default for `idle_timeout`."""
@@ -2971,6 +3743,9 @@ class Server(http.server.ThreadingHTTPServer):
             if not handler.polled:
                 handler.polled = True
                 self._epoll.register(handler.connection, select.EPOLLIN)
+            elif handler.muted:
+                self._epoll.modify(handler.connection, select.EPOLLIN)
+            handler.muted = False
 
     def forget(self, handler: Handler) -> None:
         """Before a connection's descriptor is closed, and may become another's."""
@@ -3014,9 +3789,9 @@ class Server(http.server.ThreadingHTTPServer):
         found[PREFIX + "fsync_duration_seconds_count"] = [({}, sum(log.syncs for log in logs))]
         found[PREFIX + "active"] = [({}, int(self.unready is None))]
         found[PREFIX + "build_info"] = [({"version": __version__}, 1)]
-        for queue in self.broker.queues.values() if self.unready is None else ():
-            for name, samples in queue_samples(queue).items():
-                found.setdefault(PREFIX + name, []).extend(samples)
+        for name, queue in self.broker.queues.items() if self.unready is None else ():
+            for metric, samples in queue_samples(name, queue.numbers()).items():
+                found.setdefault(PREFIX + metric, []).extend(samples)
         return found
 
     # -- the end
@@ -3027,6 +3802,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._epoll.modify(self.socket, 0)
         deadline = time.monotonic() + DRAIN_S
         while any(handler.busy for handler in list(self.handlers.values())):
+            for queue in self.broker.queues.values():
+                queue.dismiss()              # again: some may just have begun to wait
             if time.monotonic() > deadline:
                 event(logging.WARNING, "requests_cut_off")
                 break

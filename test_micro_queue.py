@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unittest
 import unittest.mock
 
@@ -28,6 +29,8 @@ POST = "aa9d7b0a-8bee-47e4-887c-bdb799533793"
 GET = "bb9d7b0a-8bee-47e4-887c-bdb799533773"
 OTHER = "cc9d7b0a-8bee-47e4-887c-bdb799533773"
 ADMIN = "de9d7b0a-8bee-47e4-887c-bdb799533733"
+SEED = int(os.environ.get("SEED", "1"))      # of everything that is random here
+TORTURE = bool(os.environ.get("TORTURE"))    # many more of it, for hours
 
 
 def setUpModule():
@@ -104,8 +107,8 @@ class Folder(unittest.TestCase):
         return os.path.join(self.base, name, "data.log")
 
     def open(self, name="q", **options):
-        queue = mq.Queue(mq.QueueConfig(name="q"), self.folder(name),
-                         **{"fsync": "no", **options})
+        config = options.pop("config", mq.QueueConfig(name="q"))
+        queue = mq.Queue(config, self.folder(name), **{"fsync": "no", **options})
         queue.log.lock()
         self.queues.append(queue)
         queue.recover()
@@ -158,6 +161,12 @@ def drain(queue, settle=True):
             queue.settle(delivery)
 
 
+def counts(queue, subscriber=""):
+    """Return how many messages are ready, leased and delayed."""
+    numbers = queue.numbers()["subscribers"][subscriber]
+    return numbers["ready"], numbers["leased"], numbers["delayed"]
+
+
 def payloads(queue):
     return [payload for _, payload in drain(queue)]
 
@@ -173,6 +182,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._now = 0
         self._sent, self._answered, self._refused = {}, {}, set()
+        self._dropped = set()
         self._payload_of = {}                # id: payload
         self._highest = 0                    # id that anyone was told
         self._highest_when_sent = {}
@@ -249,6 +259,24 @@ class Ledger:
         with self._lock:
             for payload in self._open.pop(consumer, ()):
                 del self._out[payload]
+
+    def dropping(self):
+        """All that was answered so far is about to be dropped: it may come, or not."""
+        with self._lock:
+            self._dropped.update(self._answered)
+            self._answered.clear()
+
+    def dropped(self):
+        """What was to be dropped is, and durably: it must not come any more."""
+        with self._lock:
+            self._refused |= self._dropped
+
+    def moved(self, payloads):
+        """These were found among the dead letters: a crash may repeat them there, no more."""
+        with self._lock:
+            self._found += [f"made up dead letter: {payload[:40]!r}" for payload in payloads
+                            if payload not in self._sent or payload in self._refused]
+            self._out.update({payload: [None, None] for payload in payloads})
 
     def synced(self):
         """All that was settled so far is durable."""
@@ -328,7 +356,9 @@ class ConfigTest(unittest.TestCase):
             (lambda c: c["queues"][0].update(name="no/slash"), "queues[0].name"),
             (lambda c: c["queues"][0].pop("name"), "queues[0].name"),
             (lambda c: c["queues"].append({"name": "fetcher"}), "queues[2].name"),
-            (lambda c: c["queues"][0].update(ttl=5), "queues[0].ttl", "not supported yet"),
+            (lambda c: c["queues"][0].update(ttl=0), "queues[0].ttl"),
+            (lambda c: c["queues"][1].update(dead_letter="x"), "queues[1].dead_letter", "named"),
+            (lambda c: c["queues"][0].update(dead_letter="fetcher"), "queues[0].dead", "circle"),
             (lambda c: c["queues"][0].update(kind="broadcast"), "queues[0].kind"),
             (lambda c: c["settings"].update(standby=True), "settings.standby"),
             (lambda c: c["tokens"][1].update(get=["nope"]), "tokens[1].get[0]"),
@@ -364,10 +394,10 @@ class RecordTest(unittest.TestCase):
         codec, other = mq.Codec.new(1), mq.Codec.new(1)
         record = mq.Record(mq.MESSAGE, 7, 1234, b"payload", 3, 500)
         data = codec.encode(record, 44)
-        self.assertEqual(codec.size_at(data, 0), len(data))
-        self.assertEqual(codec.decode(data, 0, len(data), 44), record)
-        self.assertIsNone(codec.decode(data, 0, len(data), 45))
-        self.assertIsNone(other.size_at(data, 0))
+        self.assertEqual(codec.size_of(data), len(data))
+        self.assertEqual(list(codec.records(data, 0, 44)), [(44, 44 + len(data), record)])
+        self.assertEqual(list(codec.records(data, 0, 45)), [])
+        self.assertEqual(other.size_of(data), 0)
 
     def test_every_flipped_bit_is_seen(self):
         codec = mq.Codec.new(1)
@@ -375,9 +405,7 @@ class RecordTest(unittest.TestCase):
         for bit in range(len(data) * 8):
             bad = bytearray(data)
             bad[bit // 8] ^= 1 << bit % 8
-            size = codec.size_at(bytes(bad), 0)
-            self.assertTrue(size != len(data)
-                            or codec.decode(bytes(bad), 0, size, 44) is None)
+            self.assertEqual(list(codec.records(bytes(bad), 0, 44)), [], bit)
 
     def test_a_header_is_read_back_and_guarded(self):
         header = mq.Codec.new(99).header()
@@ -569,7 +597,7 @@ class RecoveryTest(Folder):
         clock.wall -= 10_000_000
         queue = self.crash(clock=clock)
         self.assertGreaterEqual(queue.now_ms(), queue.state.time_ms)
-        self.assertEqual(queue.oldest_age_s_locked(queue.state.subscriptions[""]), 0)
+        self.assertEqual(queue.numbers()["subscribers"][""]["oldest_message_age_seconds"], 0)
 
 
 class LegacyTest(Folder):
@@ -798,8 +826,7 @@ class QueueTest(Folder):
         queue = self.open(clock=clock)
         queue.put([b"late"], delay_s=10)
         queue.put([b"now"])
-        counts = queue.counts_locked(queue.state.subscriptions[""])
-        self.assertEqual(counts, {"ready": 1, "leased": 0, "delayed": 1})
+        self.assertEqual(counts(queue), (1, 0, 1))
         self.assertEqual(queue.take().messages[0].payload, b"now")
         self.assertIsNone(queue.take())
         clock.passed += 10_000
@@ -809,8 +836,8 @@ class QueueTest(Folder):
         clock = FakeClock()
         queue = self.open(clock=clock)
         queue.put([b"late"], delay_s=10)
-        delivery = self.filled(b"x", name="other", clock=clock).take()
-        self.queues[1].retry(delivery, 20)
+        other = self.filled(b"x", name="other", clock=clock)
+        other.nack("", other.take(wish=mq.Wish(lease_s=5)).lease, 20)
         self.drop()
         one, other = self.open(clock=clock), self.open("other", clock=clock)
         self.assertIsNone(one.take())
@@ -830,6 +857,19 @@ class QueueTest(Folder):
         self.assertEqual(queue.log.tail, size)
         self.assertEqual(queue.out_total, 1)
 
+    def test_an_entry_costs_200_bytes_at_most(self):
+        queue = self.open()
+        queue.put([b"x"] * 20_000)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(20):
+            lease = queue.take(wish=mq.Wish(1000, mq.MIB, 60)).lease
+            queue.nack("", lease, 60)
+        used = tracemalloc.get_traced_memory()[0] - before
+        self.assertEqual(counts(queue), (0, 0, 20_000))
+        self.assertLess(used / 20_000, 200)
+
     def test_memory_does_not_grow_with_the_backlog(self):
         queue = self.open()
         queue.put([b"x" * 100] * 5000)
@@ -839,57 +879,343 @@ class QueueTest(Folder):
         self.assertLess(len(subscription._ahead), 200)
         self.assertEqual(subscription.ready_count, 4999)
 
-    def test_operations_agree_with_a_model_through_crashes_and_compactions(self):
-        for seed in range(4):
-            self.run_model(random.Random(seed))
-            self.drop()
-            shutil.rmtree(self.folder())
 
-    def run_model(self, rng):
-        clock = FakeClock()
-        queue = self.open(clock=clock)
-        waiting, out, serial = {}, [], 0     # id: [payload, deliveries, due_ms]
-        for step in range(600):
-            clock.passed += rng.randrange(50)
-            dice = rng.random()
-            if dice < 0.35:
-                batch = [b"%d" % (serial + n) for n in range(rng.choice((1, 1, 1, 5)))]
-                serial += len(batch)
-                delay_s = rng.choice((0, 0, 0, 1))
-                first = queue.put(batch, delay_s)
-                due = queue.now_ms() + delay_s * 1000 if delay_s else 0
-                waiting.update({first + n: [p, 0, due] for n, p in enumerate(batch)})
-            elif dice < 0.65:
-                delivery = queue.take()
-                ready = [i for i in sorted(waiting) if waiting[i][2] <= queue.now_ms()]
-                self.assertEqual(delivery is None, not ready, step)
-                if delivery:
-                    message = delivery.messages[0]
-                    payload, count, _ = waiting.pop(ready[0])
-                    self.assertEqual((message.id, message.payload, message.delivery),
-                                     (ready[0], payload, count + 1))
-                    out.append((delivery, count + 1))
-            elif dice < 0.9 and out:
-                delivery, count = out.pop(rng.randrange(len(out)))
-                message = delivery.messages[0]
-                if rng.random() < 0.6:
-                    queue.settle(delivery)
-                else:
-                    delay_s = rng.choice((0, 1))
-                    due = queue.now_ms() + delay_s * 1000 if delay_s else 0
-                    queue.retry(delivery, delay_s)
-                    waiting[message.id] = [message.payload, count, due]
-            elif dice < 0.94:
-                queue.compact()
-            elif dice < 0.96:
-                queue.bookmark()
-            elif dice > 0.98:
-                for delivery, count in out:  # leases end; this delivery was not written down
-                    message = delivery.messages[0]
-                    waiting[message.id] = [message.payload, count - 1, 0]
-                out.clear()
-                queue = self.crash(clock=clock)
-            self.assertEqual(queue.state.held()[0], len(waiting) + len(out), step)
+class Held:
+    """A message that a subscriber has not settled, in the model."""
+
+    def __init__(self, message_id, payload, time_ms, due_ms):
+        self.id, self.payload, self.time_ms, self.due_ms = message_id, payload, time_ms, due_ms
+        self.count, self.owner = 0, None     # who has it: None, a key, or "dead"
+
+
+class Model:
+    """What a queue promises, in plain lists and loops; says nothing of how."""
+
+    def __init__(self, config, subscribers):
+        self.config = config
+        self.held = {name: {} for name in subscribers}
+        self.leases = {name: {} for name in subscribers}     # key: (held, deadline or None)
+        self.waiters = {name: [] for name in subscribers}    # (key, wish, deadline)
+        self.answers = []                                    # (waiter's key, ids or None)
+        self.restarted()
+
+    def restarted(self):
+        self.totals = dict.fromkeys(("in", "out", "redelivered", "expired", "dead_lettered"), 0)
+        for name, held in self.held.items():
+            self.leases[name].clear()
+            self.waiters[name].clear()
+            for item in held.values():
+                item.owner = None
+                if self.config.max_deliveries and item.count >= self.config.max_deliveries:
+                    self.expel(name, item)
+
+    def all_held(self):
+        return {item.id: item for held in self.held.values() for item in held.values()}
+
+    def refusal(self, payloads):
+        items, config = self.all_held().values(), self.config
+        size, more = sum(len(item.payload) for item in items), sum(map(len, payloads))
+        limits = ((config.max_messages, len(items), len(payloads)),
+                  (config.max_bytes, size, more))
+        if any(limit is not None and wanted > limit for limit, _, wanted in limits):
+            return 413
+        if any(limit is not None and have + wanted > limit for limit, have, wanted in limits):
+            return 429
+        return None
+
+    def put(self, first, payloads, delay_s, now):
+        for number, payload in enumerate(payloads):
+            for held in self.held.values():
+                held[first + number] = Held(first + number, payload, now,
+                                            now + delay_s * 1000 if delay_s else 0)
+        self.totals["in"] += len(payloads)
+        self.match(now)
+
+    def ready(self, name, now):
+        return [item for _, item in sorted(self.held[name].items())
+                if item.owner is None and item.due_ms <= now]
+
+    def chosen(self, name, wish, now):
+        ready = self.ready(name, now)
+        if not wish.lines:
+            return ready[:1]
+        batch = ready[:1] if ready and not mq.is_line(ready[0].payload) else []
+        for item in ready if not batch else ():
+            fits = sum(len(i.payload) + 1 for i in [*batch, item]) <= wish.max_bytes
+            if len(batch) == wish.lines or not mq.is_line(item.payload) or (batch and not fits):
+                break
+            batch.append(item)
+        return batch
+
+    def take(self, name, key, wish, now):
+        """Return [(id, number of this delivery)]; `key` is how the test calls the delivery."""
+        batch = self.chosen(name, wish, now)
+        for item in batch:
+            item.owner = key
+        if batch:
+            deadline = now + wish.lease_s * 1000 if wish.lease_s else None
+            self.leases[name][key] = (batch, deadline)
+        return [(item.id, item.count + 1) for item in batch]
+
+    def match(self, now):
+        for name, waiters in self.waiters.items():
+            while waiters and self.ready(name, now):
+                key, wish, _ = waiters.pop(0)
+                self.answers.append((key, self.take(name, key, wish, now)))
+
+    def out(self, name, key):
+        batch, _ = self.leases[name].pop(key)
+        return [item for item in batch if item.owner == key]
+
+    def settle(self, name, key):
+        for item in self.out(name, key):
+            del self.held[name][item.id]
+            self.totals["out"] += 1
+
+    def retry(self, name, key, delay_s, now):
+        for item in self.out(name, key):
+            item.owner, item.count = None, item.count + 1
+            item.due_ms = now + delay_s * 1000 if delay_s else 0
+            most = self.config.max_deliveries
+            if self.is_expired(item, now):
+                self.expire(name, item)
+            elif most and item.count >= most:
+                self.expel(name, item)
+            else:
+                self.totals["redelivered"] += 1
+
+    def is_expired(self, item, now):
+        return bool(self.config.ttl) and item.time_ms + self.config.ttl * 1000 <= now
+
+    def expire(self, name, item):
+        self.totals["expired"] += 1
+        self.expel(name, item, expired=True)
+
+    def expel(self, name, item, expired=False):
+        item.owner = "dead"
+        if not self.config.dead_letter:
+            self.held[name] = {i: h for i, h in self.held[name].items() if h is not item}
+            self.totals["dead_lettered"] += not expired
+
+    def dead(self):
+        return {(name, item.id) for name, held in self.held.items()
+                for item in held.values() if item.owner == "dead"}
+
+    def bury(self, letters):
+        for name, message_id in letters:
+            del self.held[name][message_id]
+            self.totals["dead_lettered"] += 1
+
+    def purge(self):
+        for name in self.held:
+            self.held[name].clear()
+            self.leases[name] = {key: ([], None) for key, (_, deadline)
+                                 in self.leases[name].items() if deadline is None}
+
+    def tick(self, now):
+        for name in self.held:
+            for item in list(self.held[name].values()):
+                if item.owner is None and self.is_expired(item, now):
+                    self.expire(name, item)
+            for key, (_, deadline) in list(self.leases[name].items()):
+                if deadline is not None and deadline <= now:
+                    self.retry(name, key, 0, now)
+        self.match(now)
+        for name, waiters in self.waiters.items():
+            late = sorted((deadline, key) for key, _, deadline in waiters if deadline <= now)
+            self.answers += [(key, None) for _, key in late]
+            self.waiters[name] = [waiter for waiter in waiters if waiter[2] > now]
+
+    def numbers(self, name, now):
+        items = self.held[name].values()
+        oldest = self.held[name][min(self.held[name])].time_ms if items else now
+        return {"ready": len(self.ready(name, now)),
+                "leased": sum(item.owner is not None for item in items),
+                "delayed": sum(item.owner is None and item.due_ms > now for item in items),
+                "oldest_message_age_seconds": (now - oldest) / 1000}
+
+
+class ModelTest(Folder):
+    """Random operations on a queue and on the model; every answer must be the same."""
+
+    subscribers = ("",)
+
+    def test_a_queue_agrees_with_the_model_through_restarts_and_compactions(self):
+        configs = [{}, {"max_messages": 12, "max_bytes": 300}, {"ttl": 2},
+                   {"max_deliveries": 2}, {"ttl": 3, "max_deliveries": 3, "dead_letter": "dead"}]
+        for number in range(100 if TORTURE else 5):
+            config = mq.QueueConfig(name="q", **configs[number % len(configs)])
+            with self.subTest(seed=SEED, run=number, config=config):
+                self.drop()
+                shutil.rmtree(self.folder(), ignore_errors=True)
+                self.run_model(config, random.Random(SEED * 1000 + number))
+
+    def run_model(self, config, rng):
+        self.config, self.rng, self.clock = config, rng, FakeClock()
+        self.model = Model(config, self.subscribers)
+        self.keys = iter(range(1_000_000))
+        self.deliveries, self.answers, self.serial = {}, [], 0
+        self.start()
+        acts = [self.put] * 7 + [self.take] * 8 + [self.finish] * 9 + [self.wait] * 2 + [
+            self.peek, self.bury, self.late_lease]
+        for _ in range(500):
+            self.clock.passed += rng.choice((0, 1, 30, 400))
+            self.tick()
+            act = rng.choice(acts)
+            if rng.random() < 0.05:
+                act = rng.choice((self.compact, self.queue.bookmark, self.restart, self.purge))
+            act()
+            self.compare(act.__name__)
+
+    def compact(self):
+        """Compact in small steps, with more of everything between them."""
+        def meanwhile():
+            self.rng.choice((self.put, self.take, self.finish, self.finish, self.wait))()
+
+        with unittest.mock.patch.multiple(mq, AHEAD_BYTES=400, COMPACT_LOCKED_BYTES=800):
+            self.queue.compact(meanwhile)
+
+    def start(self):
+        self.queue = mq.Queue(self.config, self.folder(), fsync="no", clock=self.clock,
+                              subscribers=self.subscribers)
+        self.queue.log.lock()
+        self.queues.append(self.queue)
+        self.queue.recover()
+
+    def restart(self):
+        if self.rng.random() < 0.3:
+            self.queue.close()
+        else:
+            self.drop()
+        self.queues.clear()
+        self.start()
+        self.deliveries.clear()
+        self.model.restarted()
+        self.tick()
+
+    def tick(self):
+        while self.queue.tick() <= self.clock.passed:
+            pass
+        self.model.tick(self.queue.now_ms())
+
+    def compare(self, act):
+        now = self.queue.now_ms()
+        self.assertEqual(self.answers, self.model.answers, act)
+        numbers = self.queue.numbers()
+        for name in self.subscribers:
+            self.assertEqual(numbers["subscribers"][name], self.model.numbers(name, now), act)
+        for name, total in self.model.totals.items():
+            self.assertEqual(numbers[f"messages_{name}_total"], total, (act, name))
+        held = self.model.all_held().values()
+        self.assertEqual(self.queue.state.held(), (len(held), sum(
+            len(item.payload) + mq.HEAD.size for item in held)), act)
+        self.assertEqual(set(self.queue._dead), self.model.dead(), act)
+
+    def put(self):
+        payloads = []
+        for _ in range(self.rng.choice((1, 1, 1, 4, 13))):
+            self.serial += 1
+            tail = self.rng.choice((b"", b"\n", b"a\nb", b"x" * 90))
+            payloads.append(b"%d%b" % (self.serial, tail))
+        delay_s, refusal = self.rng.choice((0, 0, 0, 1, 5)), self.model.refusal(payloads)
+        try:
+            first = self.queue.put(payloads, delay_s)
+        except mq.ApiError as error:
+            self.assertEqual(error.status, refusal)
+            return
+        self.assertIsNone(refusal)
+        self.model.put(first, payloads, delay_s, self.queue.now_ms())
+
+    def wish(self):
+        return mq.Wish(self.rng.choice((0, 0, 1, 5)), 200, self.rng.choice((0, 0, 1, 3)))
+
+    def take(self):
+        name, wish, key = self.rng.choice(self.subscribers), self.wish(), next(self.keys)
+        delivery = self.queue.take(name, wish)
+        expected = self.model.take(name, key, wish, self.queue.now_ms())
+        self.assertEqual(self.told(delivery), expected)
+        if delivery:
+            self.deliveries[key] = name, delivery
+
+    def told(self, delivery):
+        return [(m.id, m.delivery) for m in delivery.messages] if delivery else []
+
+    def wait(self):
+        name, wish, key = self.rng.choice(self.subscribers), self.wish(), next(self.keys)
+        wait_s = self.rng.choice((1, 3))
+
+        def answer(delivery):
+            self.answers.append((key, self.told(delivery) if delivery else None))
+            if delivery:
+                self.deliveries[key] = name, delivery
+
+        waiter = mq.Waiter(wish, wait_s, answer)
+        delivery = self.queue.take(name, wish, waiter)
+        expected = self.model.take(name, key, wish, self.queue.now_ms())
+        self.assertEqual(self.told(delivery), expected)
+        if delivery:
+            self.deliveries[key] = name, delivery
+        else:
+            deadline = self.queue.now_ms() + wait_s * 1000
+            self.model.waiters[name].append((key, wish, deadline))
+
+    def finish(self):
+        """Settle, return or extend something that is out, or was."""
+        if not self.deliveries:
+            return
+        key = self.rng.choice(list(self.deliveries))
+        name, delivery = self.deliveries[key]
+        known = key in self.model.leases[name]
+        act, delay_s = self.rng.random(), self.rng.choice((0, 0, 1))
+        if delivery.lease is None:
+            (self.queue.settle if act < 0.7 else self.queue.retry)(delivery)
+            delay_s = 0
+        else:
+            call = [lambda: self.queue.ack(name, delivery.lease),
+                    lambda: self.queue.nack(name, delivery.lease, delay_s),
+                    lambda: self.queue.extend(name, delivery.lease, 2)][
+                        0 if act < 0.7 else 1 if act < 0.9 else 2]
+            try:
+                call()
+            except mq.ApiError as error:
+                self.assertEqual((error.status, known), (410, False))
+                del self.deliveries[key]
+                return
+            self.assertTrue(known)
+        now = self.queue.now_ms()
+        if act >= 0.9 and delivery.lease is not None:
+            batch, _ = self.model.leases[name][key]
+            self.model.leases[name][key] = batch, now + 2000
+            return
+        if act < 0.7:
+            self.model.settle(name, key)
+        else:
+            self.model.retry(name, key, delay_s, now)
+            self.model.match(now)
+        del self.deliveries[key]
+
+    def late_lease(self):
+        """A lease that never was, here or at all."""
+        for call in (self.queue.ack, self.queue.nack):
+            with self.assertRaises(mq.ApiError) as caught:
+                call(self.rng.choice(self.subscribers), self.rng.getrandbits(96))
+            self.assertEqual(caught.exception.status, 410)
+
+    def peek(self):
+        name, wish = self.rng.choice(self.subscribers), self.wish()
+        delivery = self.queue.peek(name, wish)
+        expected = self.model.chosen(name, wish, self.queue.now_ms())
+        self.assertEqual(self.told(delivery), [(item.id, item.count) for item in expected])
+
+    def bury(self):
+        letters = self.queue.dead_letters()
+        self.assertEqual({(name, m.id) for name, m in letters}, self.model.dead())
+        self.queue.bury(letters)
+        self.model.bury(self.model.dead())
+
+    def purge(self):
+        self.assertEqual(self.queue.purge()[0], len(self.model.all_held()))
+        self.model.purge()
 
 
 class CompactionTest(Folder):
@@ -998,10 +1324,8 @@ class CompactionTest(Folder):
 
 # ---- Crash states -------------------------------------------------------------------------
 # Every disk that a power cut may leave, at every point of a run, through the real recovery.
-# `TORTURE=1 python3 -m unittest` tries all states and many more random runs; SEED chooses them.
+# `TORTURE=1 python3 -m unittest` tries all of them, and many more random runs.
 
-SEED = int(os.environ.get("SEED", "1"))
-TORTURE = bool(os.environ.get("TORTURE"))
 TEAR_BYTES = (512, 4096)                     # what disks and file systems write at once
 
 
@@ -1025,10 +1349,10 @@ class Recorder(mq.Storage):
         self.note("ledger", method, *arguments)
 
     def adopt(self, folder):
-        """Start from what stands in a folder, all of it on disk."""
+        """Start from the files that stand below a folder, all of them on disk."""
         by_inode = {}
-        for name in sorted(os.listdir(folder)):
-            path = os.path.join(folder, name)
+        for path in sorted(os.path.join(place, name) for place, _, names in os.walk(folder)
+                           for name in names):
             inode = os.stat(path).st_ino
             if inode in by_inode:
                 self.numbers[path] = by_inode[inode]
@@ -1234,8 +1558,13 @@ class UnseededCodec(mq.Codec):
     def encode(self, record, offset):
         return super().encode(record, 0)
 
-    def decode(self, data, at, size, offset):
-        return super().decode(data, at, size, 0)
+    def records(self, data, at, offset):
+        place = next(super().records(data[at:], 0, 0), None)
+        while place:
+            _, size, record = place
+            yield offset, offset + size, record
+            at, offset = at + size, offset + size
+            place = next(super().records(data[at:], 0, 0), None)
 
 
 class User:
@@ -1251,9 +1580,9 @@ class User:
         self.storage.tell("sending", payload + b"x" * size)
         return payload + b"x" * size
 
-    def put(self, size=0, count=1):
+    def put(self, size=0, count=1, delay_s=0):
         payloads = [self._payload(size) for _ in range(count)]
-        first = self.queue.put(payloads)
+        first = self.queue.put(payloads, delay_s)
         for number, payload in enumerate(payloads):
             self.storage.tell("accepted", payload, first + number)
 
@@ -1273,14 +1602,44 @@ class User:
         for payload in payloads:
             self.storage.tell("refused", payload)
 
-    def take(self, settle=True):
-        delivery = self.queue.take()
-        if delivery:
-            for message in delivery.messages:
-                self.storage.tell("delivered", self.name, message.payload, message.id,
-                                  message.delivery)
+    def take(self, settle=True, wish=mq.ONE, delay_s=0):
+        """Take, and settle or give back; with a lease by its key."""
+        delivery = self.queue.take(wish=wish)
+        if not delivery:
+            return
+        for message in delivery.messages:
+            self.storage.tell("delivered", self.name, message.payload, message.id,
+                              message.delivery)
+        if delivery.lease is None:
             (self.queue.settle if settle else self.queue.retry)(delivery)
-            self.storage.tell("settled" if settle else "returned", self.name)
+        elif settle:
+            self.queue.ack("", delivery.lease)
+        else:
+            self.queue.nack("", delivery.lease, delay_s)
+        self.storage.tell("settled" if settle else "returned", self.name)
+
+    def abandon(self, seconds):
+        """Take with a lease and let it run out."""
+        delivery = self.queue.take(wish=mq.Wish(3, 10_000, seconds))
+        for message in delivery.messages if delivery else ():
+            self.storage.tell("delivered", self.name, message.payload, message.id,
+                              message.delivery)
+        self.storage.tell("returned", self.name)
+        self.queue._clock.passed += seconds * 1000
+        self.queue.tick()
+
+    def purge(self):
+        """Drop everything; from before the call on, nothing needs to come any more."""
+        self.storage.tell("dropping")
+        self.queue.purge()
+        self.queue.log.wait_durable(self.queue.log.appends)
+        self.storage.tell("dropped")
+
+    def move_dead(self, target):
+        letters = self.queue.dead_letters()
+        if letters:
+            target.put([message.payload for _, message in letters], limited=False)
+            self.queue.bury(letters)
 
     def bookmark(self):
         self.queue.bookmark()
@@ -1314,7 +1673,8 @@ class CrashStateTest(Folder):
 
     def faults_of(self, scenario, share=1.0, broken=(), nested=0.0):
         """Return a text about the smallest state that shows a fault, None without any."""
-        shutil.rmtree(self.folder(), ignore_errors=True)
+        for name in ("q", "dead"):
+            shutil.rmtree(self.folder(name), ignore_errors=True)
         storage = Recorder(broken)
         scenario(storage)
         self.drop()
@@ -1348,7 +1708,7 @@ class CrashStateTest(Folder):
             again = self.cut_recovery(state, marks)
             faults = [f"when the recovery is cut: {again}"] if again else []
         size = sum(len(data) for _, data in state.values())
-        files = {os.path.basename(path): len(data) for path, (_, data) in state.items()}
+        files = {os.path.relpath(path, self.base): len(data) for path, (_, data) in state.items()}
         return [(size, f"{what}: {files}: {faults}")] if faults else []
 
     def restore(self, state, name="state"):
@@ -1356,7 +1716,8 @@ class CrashStateTest(Folder):
         os.makedirs(self.folder(name), 0o700)
         made = {}
         for path, (number, data) in state.items():
-            target = os.path.join(self.folder(name), os.path.basename(path))
+            target = os.path.join(self.folder(name), os.path.relpath(path, self.base))
+            os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
             if number in made:
                 os.link(made[number], target)
                 continue
@@ -1366,10 +1727,10 @@ class CrashStateTest(Folder):
 
     def cut_recovery(self, state, marks):
         """Explore the recovery of a state as a run of its own."""
-        self.restore(state, "nested")
+        self.restore(state, "")              # in place of the whole base
         storage = Recorder()
-        storage.adopt(self.folder("nested"))
-        queue = self.open("nested", fsync="always", storage=storage)
+        storage.adopt(self.base)
+        queue = self.open(fsync="always", storage=storage)
         User(queue, storage, "nested").put()
         self.drop()
         return self.explore(storage.calls, [*marks, ("fault", True)], 0.3)
@@ -1381,15 +1742,20 @@ class CrashStateTest(Folder):
         for method, *arguments in marks:
             getattr(ledger, method)(*arguments)
         ledger.fault(power_cut=True)
-        options = {"storage": QuickStorage(), "fsync": "always"}
+        clock = FakeClock()
+        clock.wall += 1_000_000              # delays are over
+        options = {"storage": QuickStorage(), "fsync": "always", "clock": clock}
         try:
-            queue = self.open("state", **options)
+            queue = self.open("state/q", **options)
             ledger.sending(b"later")
             ledger.accepted(b"later", queue.put([b"later"]))
             faults = []
             for consumer in ("first drain", "second drain"):
-                faults += self.drain_into(ledger, consumer, self.crash(name="state", **options))
+                faults += self.drain_into(ledger, consumer, self.crash(name="state/q", **options))
             self.drop()
+            if os.path.exists(self.folder("state/dead")):
+                ledger.moved(payloads(self.open("state/dead", **options)))
+                self.drop()
         except (mq.StorageError, mq.LogFailed, OSError) as error:
             return [f"does not start: {error}"]
         return faults + ledger.faults()
@@ -1425,6 +1791,39 @@ class CrashStateTest(Folder):
         user.put(5000)
         user.take()
         user.put()
+
+    def leased(self, storage):
+        """Leases that are acked, given back, delayed and run out; a batch; a purge."""
+        user = self.user(storage, clock=FakeClock())
+        user.put(count=5)
+        user.put(delay_s=2)
+        user.take(wish=mq.Wish(2, 10_000, 9))
+        user.take(settle=False, wish=mq.Wish(0, 0, 9), delay_s=5)
+        user.abandon(3)
+        user.bookmark()
+        user.take(wish=mq.Wish(0, 0, 9))
+        user.compact()
+        user.take(settle=False, wish=mq.Wish(2, 10_000, 9))
+        user.take()
+        user.purge()
+        user.put(count=2)
+        user.take()
+
+    def dead_lettered(self, storage):
+        """What came back too often moves to another queue, which is compacted too."""
+        config = mq.QueueConfig(name="q", max_deliveries=1, dead_letter="dead")
+        user = self.user(storage, config=config)
+        target = self.open("dead", fsync="always", storage=storage)
+        user.put(count=4)
+        user.take(settle=False)
+        user.take(settle=False)
+        user.move_dead(target)
+        user.bookmark()
+        user.take(settle=False)
+        user.compact()
+        user.move_dead(target)
+        target.compact()
+        user.take()
 
     def short_of_space(self, storage):
         """A batch that the disk takes only a part of, then what fits, over its remains."""
@@ -1489,18 +1888,22 @@ class CrashStateTest(Folder):
 
     def random_run(self, storage):
         """Any order of what a queue does, kills and starts among it."""
-        user = self.user(storage)
+        user = self.user(storage, clock=FakeClock())
+        wishes = (mq.ONE, mq.Wish(0, 0, 5), mq.Wish(3, 1000, 5))
         acts = [*[lambda: user.put(self.rng.choice((0, 100, 700)), self.rng.choice((1, 1, 4)))] * 4,
-                *[lambda: user.take(self.rng.random() < 0.7)] * 5, lambda: user.bookmark(),
-                lambda: user.compact(), lambda: user.refused_put(2, 150)]
+                *[lambda: user.take(self.rng.random() < 0.7, self.rng.choice(wishes),
+                                    self.rng.choice((0, 0, 3)))] * 5,
+                lambda: user.put(delay_s=3), lambda: user.abandon(2), lambda: user.bookmark(),
+                lambda: user.compact(), lambda: user.refused_put(2, 150), lambda: user.purge()]
         for _ in range(12):
             self.rng.choice(acts)()
             if self.rng.random() < 0.1:
-                user.queue = self.crash(fsync="always", storage=storage)
+                user.queue = self.crash(fsync="always", storage=storage, clock=FakeClock())
                 storage.tell("fault")
 
     def test_no_power_cut_loses_repeats_or_makes_up_a_message(self):
         for scenario, share in ((self.used, 0.4), (self.short_of_space, 0.5),
+                                (self.leased, 0.4), (self.dead_lettered, 0.4),
                                 (self.together, 0.4), (self.recovered, 1), (self.taken_over, 1)):
             with self.subTest(scenario=scenario.__name__):
                 self.tried = 0
@@ -1579,15 +1982,21 @@ class ServerTest(Folder):
     """A server in this process, on port 0."""
 
     settings = {}
+    clock = None
+
+    def configure(self, value):
+        """Change the config before the server starts."""
 
     def setUp(self):
         super().setUp()
         with open(os.path.join(HERE, "config.example.json"), "rb") as file:
-            value = json.loads(file.read(), object_pairs_hook=mq._Object.of_pairs)
+            value = json.load(file)
         value["settings"].update(listen_port=0, path=self.base, fsync="no", min_free_bytes=0,
                                  **self.settings)
-        config = mq.parse_config(value)
-        self.broker = mq.Broker(config, self.fail_storage)
+        self.configure(value)
+        config = mq.parse_config(json.loads(json.dumps(value),
+                                            object_pairs_hook=mq._Object.of_pairs))
+        self.broker = mq.Broker(config, self.fail_storage, self.clock)
         self.broker.lock()
         self.server = mq.Server(config, self.broker)
         self.server.storage_failed = self.fail_storage
@@ -1612,6 +2021,12 @@ class ServerTest(Folder):
         wire = Wire(self.port)
         self.addCleanup(wire.close)
         return wire
+
+    def eventually(self, condition):
+        deadline = time.monotonic() + 10
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, "did not happen")
+            time.sleep(0.002)
 
     def call(self, method, path, body=None, expect=200, token=ADMIN, headers=()):
         """Make one request on a new connection; return (headers, body)."""
@@ -1788,6 +2203,361 @@ class ApiTest(ServerTest):
         headers, _ = self.call("POST", "/in/fetcher", b"y", expect=503)
         self.assertEqual(headers["Retry-After"], "5")
         self.assertEqual(self.call("GET", "/out/fetcher")[1], b"x")
+
+
+class ConsumptionTest(ServerTest):
+    """Leases, long polls, batches, delays and limits over HTTP, on a clock of their own."""
+
+    settings = {"max_message_bytes": 1000, "request_timeout": 5}
+
+    def configure(self, value):
+        value["queues"] = [{"name": "fetcher", "max_deliveries": 3, "dead_letter": "dead"},
+                           {"name": "manager-reload", "max_messages": 3, "max_bytes": 50},
+                           {"name": "dead"}, {"name": "short-lived", "ttl": 60}]
+
+    def setUp(self):
+        self.clock = FakeClock()
+        super().setUp()
+
+    def later(self, seconds):
+        """Let time pass, as the timers would notice it."""
+        self.clock.passed += int(seconds * 1000)
+        for queue in self.broker.queues.values():
+            queue.tick()
+
+    def put(self, *messages, path="/in/fetcher"):
+        for message in messages:
+            self.call("POST", path, message)
+
+    def lease(self, seconds=60, query=""):
+        headers, body = self.call("GET", f"/out/fetcher?lease={seconds}{query}")
+        self.assertRegex(headers["Lease-Id"], r"^[A-Za-z0-9_-]{16,}$")
+        return headers["Lease-Id"], body
+
+    def waiting(self, path="/out/fetcher?wait=30", **options):
+        """Return a wire on which a long poll waits."""
+        before = self.count_waiters()
+        wire = self.wire().send(request("GET", path, **options))
+        self.eventually(lambda: self.count_waiters() == before + 1)
+        return wire
+
+    def count_waiters(self):
+        return sum(len(consumers.waiters) for queue in self.broker.queues.values()
+                   for consumers in queue._consumers.values())
+
+    # -- leases
+
+    def test_a_leased_message_is_done_with_an_ack_and_only_once(self):
+        self.put(b"a", b"b")
+        lease, body = self.lease()
+        self.assertEqual(body, b"a")
+        self.assertEqual(self.call("POST", f"/ack/fetcher?lease={lease}")[1], b"")
+        for action in ("ack", "nack"):
+            self.call("POST", f"/{action}/fetcher?lease={lease}", expect=410)
+        self.call("POST", f"/extend/fetcher?lease={lease}&seconds=9", expect=410)
+        self.assertEqual(payloads(self.queue), [b"b"])
+
+    def test_a_lease_of_another_queue_is_gone_there_and_good_here(self):
+        self.put(b"a")
+        lease, _ = self.lease()
+        self.call("POST", f"/ack/dead?lease={lease}", expect=410)
+        self.call("POST", f"/ack/fetcher?lease={lease}")
+
+    def test_what_is_not_acked_in_time_comes_back_at_its_place(self):
+        self.put(b"a", b"b")
+        lease, _ = self.lease(10)
+        self.later(9.9)
+        self.assertEqual(counts(self.queue), (1, 1, 0))
+        self.later(0.1)
+        self.assertEqual(counts(self.queue), (2, 0, 0))
+        self.call("POST", f"/ack/fetcher?lease={lease}", expect=410)
+        headers, body = self.call("GET", "/out/fetcher")
+        self.assertEqual((body, headers["Delivery-Count"]), (b"a", "2"))
+
+    def test_extend_counts_from_now(self):
+        self.put(b"a")
+        lease, _ = self.lease(10)
+        self.later(9)
+        self.call("POST", f"/extend/fetcher?lease={lease}&seconds=10")
+        self.later(9)
+        self.assertEqual(counts(self.queue), (0, 1, 0))
+        self.later(1)
+        self.assertEqual(counts(self.queue), (1, 0, 0))
+
+    def test_nack_puts_back_at_once_or_after_a_delay(self):
+        self.put(b"a")
+        self.call("POST", f"/nack/fetcher?lease={self.lease()[0]}")
+        self.call("POST", f"/nack/fetcher?lease={self.lease()[0]}&delay=5")
+        self.assertEqual(counts(self.queue), (0, 0, 1))
+        self.call("GET", "/out/fetcher", expect=404)
+        self.later(5)
+        self.assertEqual(self.call("GET", "/out/fetcher")[0]["Delivery-Count"], "3")
+
+    def test_bad_parameters_get_one_line_that_says_what_to_send(self):
+        lease = "lease=" + "0" * 24
+        for method, path, words in (
+                ("GET", "/out/fetcher?lease=0", "1 to 43200"),
+                ("GET", "/out/fetcher?lease=abc", "1 to 43200"),
+                ("GET", "/out/fetcher?lease=43201", "1 to 43200"),
+                ("GET", "/out/fetcher?max=0", "1 to 1000"),
+                ("GET", "/out/fetcher?max=1001", "1 to 1000"),
+                ("GET", "/out/fetcher?wait=-1", "0 to 300"),
+                ("GET", "/out/fetcher?wait=301", "0 to 300"),
+                ("GET", "/out/fetcher?wait=1.5", "malformed"),
+                ("GET", "/out/fetcher?wait=", "empty"), ("GET", "/out/fetcher?wait", "empty"),
+                ("GET", "/out/fetcher?wait=1&wait=1", "repeated"),
+                ("GET", "/out/fetcher?delay=1", "known here: wait, lease, max"),
+                ("GET", "/peek/fetcher?lease=5", "known here: max"),
+                ("POST", "/in/fetcher?delay=2592001", "0 to 2592000"),
+                ("POST", "/in/fetcher?delay=000000001", "0 to 2592000"),
+                ("POST", "/ack/fetcher", "lease=, the Lease-Id"),
+                ("POST", "/ack/fetcher?lease=60", "the Lease-Id"),
+                ("POST", f"/extend/fetcher?{lease}", "seconds=, a whole number"),
+                ("POST", f"/extend/fetcher?{lease}&seconds=0", "1 to 43200"),
+                ("POST", f"/nack/fetcher?{lease}&delay=x", "0 to 2592000")):
+            with self.subTest(path=path):
+                body = self.call(method, path, b"", expect=400)[1]
+                self.assertIn(words.encode(), body)
+                self.assertEqual(body.count(b"\n"), 1)
+        self.call("GET", f"/ack/fetcher?{lease}", expect=405)
+        self.call("POST", f"/ack/fetcher?{lease}", expect=410)
+
+    def test_who_may_settle(self):
+        self.put(b"a")
+        lease, _ = self.lease()
+        for token, status in ((None, 401), (POST, 403), (OTHER, 403), (GET, 200)):
+            self.call("POST", f"/ack/fetcher?lease={lease}", token=token, expect=status)
+
+    # -- long polls
+
+    def test_those_who_wait_are_served_in_the_order_they_came(self):
+        wires = [self.waiting() for _ in range(3)]
+        self.put(b"a", b"b", b"c")
+        self.assertEqual([wire.answer()[2] for wire in wires], [b"a", b"b", b"c"])
+        self.eventually(lambda: self.queue.out_total == 3)
+
+    def test_a_wait_ends_with_404_and_the_connection_goes_on(self):
+        wire = self.waiting("/out/fetcher?wait=3")
+        self.later(3)
+        self.assertEqual(wire.answer()[0], 404)
+        self.put(b"a")
+        self.assertEqual(wire.send(request("GET", "/out/fetcher?wait=3")).answer()[2], b"a")
+        self.assertEqual(self.call("GET", "/out/fetcher?wait=0", expect=404)[1],
+                         b"Queue is empty\n")
+
+    def test_nacks_ends_of_leases_and_of_delays_wake_those_who_wait(self):
+        self.put(b"a")
+        lease, _ = self.lease(10)
+        wire = self.waiting("/out/fetcher?wait=60&lease=20")
+        self.call("POST", f"/nack/fetcher?lease={lease}")
+        self.assertEqual(wire.answer()[1]["Delivery-Count"], "2")
+        wire = self.waiting("/out/fetcher?wait=60")
+        self.later(20)
+        self.assertEqual(wire.answer()[1]["Delivery-Count"], "3")
+        self.put(b"b", path="/in/fetcher?delay=7")
+        wire = self.waiting("/out/fetcher?wait=60")
+        self.later(7)
+        self.assertEqual(wire.answer()[2], b"b")
+
+    def test_a_client_that_hung_up_is_not_handed_anything(self):
+        wires = [self.waiting() for _ in range(3)]
+        for wire, how in zip(wires, ("close", "reset")):
+            if how == "reset":
+                wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                       struct.pack("ii", 1, 0))
+            wire.close()
+        self.eventually(lambda: self.count_waiters() == 1)
+        self.put(b"a")
+        self.assertEqual(wires[2].answer()[2], b"a")
+        self.assertEqual(self.queue.redelivered_total, 0)
+
+    def test_what_a_waiting_client_sends_is_answered_afterwards(self):
+        wire = self.waiting()
+        wire.send(request("GET", "/healthz"))
+        time.sleep(0.05)
+        wire.send(request("GET", "/out/fetcher?wait=5"))
+        self.put(b"a", b"b")
+        self.assertEqual([wire.answer()[2] for _ in range(3)],
+                         [b"a", b"micro_queue is running\n", b"b"])
+
+    def test_requests_behind_a_long_poll_in_one_packet_wait_for_it(self):
+        wire = self.wire().send(request("GET", "/out/fetcher?wait=30") + request("GET", "/healthz"))
+        self.eventually(lambda: self.count_waiters() == 1)
+        self.put(b"a")
+        self.assertEqual([wire.answer()[0], wire.answer()[0]], [200, 200])
+
+    def test_draining_answers_those_who_wait(self):
+        wire = self.waiting()
+        self.server.unready = mq.DRAINING
+        self.queue.dismiss()
+        status, headers, _ = wire.answer()
+        self.assertEqual((status, headers["Retry-After"]), (503, "5"))
+        self.server.unready = None
+
+    def test_a_slow_client_that_waits_keeps_nobody_else(self):
+        self.broker.config.settings.__dict__["max_message_bytes"] = 1 << 26
+        wire = self.waiting()
+        self.put(b"x" * (1 << 24))           # answered while the other has not read it
+        self.put(b"b")
+        self.assertEqual(counts(self.queue), (1, 1, 0))
+        self.assertEqual(len(wire.answer()[2]), 1 << 24)
+        self.eventually(lambda: counts(self.queue) == (1, 0, 0))
+
+    # -- batches
+
+    def lines(self, body, path="/in/fetcher", expect=200, kind="Application/X-NDJSON; q=1"):
+        return self.call("POST", path, body, expect=expect, headers=[("Content-Type", kind)])
+
+    def test_lines_go_in_as_messages_and_come_out_as_lines(self):
+        headers, _ = self.lines(b'{"a":1}\r\n\n{"b":2}\n\r\nlast')
+        self.assertEqual((headers["Message-Id"], headers["Message-Count"]), ("1", "3"))
+        headers, body = self.call("GET", "/out/fetcher?max=10")
+        self.assertEqual(body, b'{"a":1}\n{"b":2}\nlast\n')
+        self.assertEqual((headers["Content-Type"], headers["Message-Count"],
+                          headers["Message-Id"]), ("application/x-ndjson", "3", "1"))
+        self.eventually(lambda: self.queue.out_total == 3)
+
+    def test_a_batch_is_one_lease(self):
+        self.put(b"a", b"b", b"c")
+        lease, body = self.lease(60, "&max=2")
+        self.assertEqual(body, b"a\nb\n")
+        size = self.queue.log.tail
+        self.call("POST", f"/ack/fetcher?lease={lease}")
+        self.assertLessEqual(self.queue.log.tail - size, mq.HEAD.size + 8)
+        self.assertEqual(counts(self.queue), (1, 0, 0))
+
+    def test_a_message_with_line_breaks_comes_alone(self):
+        self.put(b"a", b"b\n", b"c\nd", b"e\r", b"\n", b"f")
+        seen = []
+        for _ in range(5):
+            headers, body = self.call("GET", "/out/fetcher?max=10")
+            seen.append((body, headers.get("Message-Count"), headers["Content-Type"]))
+        plain, lines = "application/json", "application/x-ndjson"
+        self.assertEqual(seen, [(b"a\nb\n", "2", lines), (b"c\nd", None, plain),
+                                (b"e\r", None, plain), (b"\n", None, plain),
+                                (b"f\n", "1", lines)])
+
+    def test_a_batch_ends_before_it_is_too_large_but_is_never_empty(self):
+        self.put(b"x" * 600, b"y" * 300, b"z" * 300, b"w" * 1000)
+        sizes = [len(self.call("GET", "/out/fetcher?max=10")[1]) for _ in range(3)]
+        self.assertEqual(sizes, [902, 301, 1001])
+
+    def test_a_batch_is_taken_whole_or_not_at_all(self):
+        self.lines(b"a\n" * 3 + b"x" * 1000, expect=413)
+        self.lines(b"\r\n\n", expect=400)
+        self.lines(b"1\n2\n3\n4\n", "/in/manager-reload", expect=413)
+        self.lines(b"1\n2\n", "/in/manager-reload")
+        self.lines(b"3\n4\n", "/in/manager-reload", expect=429)
+        self.assertEqual(payloads(self.queue), [])
+        self.assertEqual(payloads(self.broker.queues["manager-reload"]), [b"1", b"2"])
+
+    def test_more_than_10000_lines_are_too_many(self):
+        self.broker.config.settings.__dict__["max_message_bytes"] = 100_000
+        self.lines(b"a\n" * 10_001, expect=413)
+        self.lines(b"a\n" * 10_000)
+
+    def test_another_content_type_is_one_message(self):
+        self.lines(b"a\nb\n", kind="application/x-www-form-urlencoded")
+        self.assertEqual(payloads(self.queue), [b"a\nb\n"])
+
+    # -- limits, expiry, dead letters
+
+    def test_a_full_queue_says_429_until_there_is_room(self):
+        self.put(b"a", b"b", b"c", path="/in/manager-reload")
+        headers, _ = self.call("POST", "/in/manager-reload", b"d", expect=429)
+        self.assertEqual(headers["Retry-After"], "5")
+        self.call("GET", "/out/manager-reload")
+        self.call("POST", "/in/manager-reload", b"d" * 49, expect=429)
+        self.call("POST", "/in/manager-reload", b"d" * 48)
+        self.call("POST", "/in/manager-reload", b"d" * 51, expect=413)
+
+    def test_a_message_that_failed_too_often_moves_to_the_dead_letters(self):
+        self.put(b"bad", b"good")
+        for _ in range(3):
+            lease, body = self.lease()
+            self.assertEqual(body, b"bad")
+            self.call("POST", f"/nack/fetcher?lease={lease}")
+        self.assertEqual(self.call("GET", "/out/fetcher")[1], b"good")
+        dead = self.broker.queues["dead"]
+        self.eventually(lambda: dead.in_total == 1)
+        self.eventually(lambda: self.queue.dead_lettered_total == 1)
+        headers, body = self.call("GET", "/out/dead")
+        self.assertEqual((body, headers["Delivery-Count"]), (b"bad", "1"))
+        self.eventually(lambda: self.queue.out_total == 1)
+
+    def test_dead_letters_wait_where_they_are_while_the_disk_is_full(self):
+        dead = self.broker.queues["dead"]
+        storage = dead.log.storage = FailingStorage()
+        storage.failing["pwrite"] = errno.ENOSPC
+        self.put(b"bad")
+        for _ in range(3):
+            self.call("POST", f"/nack/fetcher?lease={self.lease()[0]}")
+        self.broker._move_dead_letters(self.queue)
+        self.assertEqual((counts(self.queue), counts(dead)), ((0, 1, 0), (0, 0, 0)))
+        storage.failing.clear()
+        self.broker._move_dead_letters(self.queue)
+        self.assertEqual((counts(self.queue), counts(dead)), ((0, 0, 0), (1, 0, 0)))
+
+    def test_what_is_too_old_is_dropped_and_counted(self):
+        self.put(b"a", b"b", path="/in/short-lived")
+        self.later(59)
+        self.put(b"c", path="/in/short-lived")
+        self.later(1)
+        queue = self.broker.queues["short-lived"]
+        self.assertEqual((queue.expired_total, counts(queue)), (2, (1, 0, 0)))
+        self.assertEqual(self.call("GET", "/out/short-lived")[1], b"c")
+
+    def test_a_delayed_message_waits(self):
+        self.put(b"late", path="/in/fetcher?delay=30")
+        self.put(b"now")
+        self.assertEqual(self.call("GET", "/out/fetcher")[1], b"now")
+        self.call("GET", "/out/fetcher", expect=404)
+        self.later(30)
+        headers, body = self.call("GET", "/out/fetcher")
+        self.assertEqual((body, headers["Message-Age"]), (b"late", "30"))
+
+    # -- peek, purge, stats
+
+    def test_peek_shows_without_taking(self):
+        self.put(b"a", b"b")
+        for _ in range(2):
+            headers, body = self.call("GET", "/peek/fetcher")
+            self.assertEqual((body, headers["Delivery-Count"]), (b"a", "0"))
+        self.assertEqual(self.call("GET", "/peek/fetcher?max=5")[1], b"a\nb\n")
+        headers, body = self.call("HEAD", "/peek/fetcher")
+        self.assertEqual((headers["Message-Id"], headers["Content-Length"]), ("1", "1"))
+        self.assertEqual(payloads(self.queue), [b"a", b"b"])
+        headers, _ = self.call("GET", "/peek/fetcher", expect=404)
+        self.assertEqual(headers["Message-Count"], "0")
+
+    def test_purge_drops_all_and_ends_leases(self):
+        self.put(b"a", b"b")
+        self.put(b"c", path="/in/fetcher?delay=9")
+        lease, _ = self.lease()
+        self.call("POST", "/purge/fetcher", token=GET, expect=403)
+        self.assertEqual(self.call("POST", "/purge/fetcher")[1], b"3\n")
+        self.call("POST", f"/ack/fetcher?lease={lease}", expect=410)
+        self.later(9)
+        self.call("GET", "/out/fetcher", expect=404)
+        self.put(b"d")
+        self.assertEqual(self.call("GET", "/out/fetcher")[1], b"d")
+
+    def test_stats_tell_a_token_of_its_own_queues(self):
+        self.put(b"a", b"b")
+        self.put(b"c", path="/in/fetcher?delay=9")
+        self.lease()
+        self.later(5)
+        numbers = json.loads(self.call("GET", "/stats/fetcher", token=GET)[1])
+        expected = {"kind": "fifo", "ready": 1, "leased": 1, "delayed": 1,
+                    "oldest_message_age_seconds": 5.0, "messages_in_total": 3}
+        self.assertEqual({key: numbers[key] for key in expected}, expected)
+        self.assertEqual(list(json.loads(self.call("GET", "/stats", token=GET)[1])), ["fetcher"])
+        self.assertEqual(len(json.loads(self.call("GET", "/stats/")[1])), 4)
+        self.call("GET", "/stats", token=None, expect=401)
+        self.call("GET", "/stats/dead", token=GET, expect=403)
+        self.call("GET", "/stats/none", expect=404)
+        self.call("GET", "/stats?x=1", expect=400)
+        self.assertEqual(self.call("HEAD", "/stats")[1], b"")
 
 
 class FramingTest(ServerTest):
@@ -1977,13 +2747,15 @@ class DurableServerTest(ServerTest):
         self.queue.log.storage = FailingStorage()
         self.queue.log.storage.failing["fdatasync"] = errno.EIO
         wire = self.wire().send(request("POST", "/in/fetcher", b"x"))
-        self.assertTrue(wire.at_end())
-        self.assertTrue(self.failures)
+        self.eventually(lambda: self.failures)
+        wire.socket.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            wire.socket.recv(1)
 
 
 # ---- main ---------------------------------------------------------------------------------
 
-class ProcessTest(Folder):
+class Processes(Folder):
     """Real server processes."""
 
     def config(self, **settings):
@@ -2034,6 +2806,8 @@ class ProcessTest(Folder):
                               capture_output=True)
         return done.returncode, done.stdout.decode() + done.stderr.decode()
 
+
+class ProcessTest(Processes):
     def test_exit_codes_and_one_line_for_each_mistake(self):
         path = self.config()
         self.assertEqual(self.run_main("-c", path, "--check")[0], 0)
@@ -2181,6 +2955,76 @@ class ProcessTest(Folder):
 
 
 # ---- Documents ----------------------------------------------------------------------------
+
+class ShellConsumerTest(Processes):
+    """The README's consumer loop, killed again and again."""
+
+    def setUp(self):
+        super().setUp()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            script = re.search(r"```sh\n(#!/bin/sh\n.*?)```", file.read(), re.DOTALL)[1]
+        if not shutil.which("curl"):
+            self.skipTest("needs curl")
+        path = self.config()
+        self.server = self.start(path)
+        script = script.replace("127.0.0.1:10000", f"127.0.0.1:{self.port}")
+        self.write("consumer", script)
+        self.done = os.path.join(self.base, "done")
+        self.write("work", f"#!/bin/sh\ncat >> {self.done}\n")
+        open(self.done, "w").close()
+
+    def write(self, name, text):
+        path = os.path.join(self.base, name)
+        with open(path, "w") as file:
+            file.write(text)
+        os.chmod(path, 0o700)
+
+    def consumer(self):
+        return subprocess.Popen(["./consumer"], cwd=self.base, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def finished(self):
+        with open(self.done) as file:
+            return file.read().split()
+
+    def end_consumers(self, *consumers):
+        for consumer in consumers:
+            os.killpg(consumer.pid, signal.SIGKILL)
+            consumer.wait()
+
+    def test_killed_at_any_point_every_message_is_done_or_back(self):
+        sent = [f"m{number}" for number in range(60)]
+        for message in sent:
+            self.assertEqual(self.ask("POST", "/in/fetcher", message + "\n")[0], 200)
+        rng = random.Random(SEED)
+        for _ in range(12):
+            consumer = self.consumer()
+            time.sleep(rng.uniform(0, 0.2))
+            self.end_consumers(consumer)
+        done = self.finished()
+        self.server.terminate()              # which ends all leases
+        self.server.wait(10)
+        self.start(os.path.join(self.base, "config.json"))
+        back = self.ask("GET", "/peek/fetcher?max=1000")[1].decode().split()
+        self.assertEqual(set(done) | set(back), set(sent))
+        self.assertTrue(back, "nothing was left to be killed at")
+        workers = [self.consumer() for _ in range(3)]
+        self.addCleanup(self.end_consumers, *workers)
+        deadline = time.monotonic() + 20
+        while set(self.finished()) != set(sent):
+            self.assertLess(time.monotonic(), deadline, "not all was done")
+            time.sleep(0.05)
+
+    def test_what_work_fails_at_comes_back_later(self):
+        self.write("work", "#!/bin/sh\nexit 1\n")
+        self.ask("POST", "/in/fetcher", "bad")
+        consumer = self.consumer()
+        self.addCleanup(self.end_consumers, consumer)
+        deadline = time.monotonic() + 10
+        while json.loads(self.ask("GET", "/stats/fetcher")[1])["delayed"] != 1:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+
 
 class DocumentTest(unittest.TestCase):
     """What the README says is what the code does."""

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import selectors
 import shutil
 import signal
 import statistics
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from socket import socket
+from socket import create_connection, socket
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,6 +38,10 @@ SERVER = os.path.join(ROOT, "micro_queue.py")
 QUEUE = "fetcher"
 MESSAGE = b"m" * 100
 MANY, FEW = 1_000_000, 1_000
+BATCH = 1000                                 # messages of a batch
+WAITERS, WAKES = 1000, 500                   # long polls, and puts that wake one each
+PATHS = {"put": f"/in/{QUEUE}", "take": f"/out/{QUEUE}", "mix": "/", "lease": "/",
+         "batch-put": f"/in/{QUEUE}", "batch-take": f"/out/{QUEUE}?max={BATCH}"}
 MIB = 1 << 20
 START_TIMEOUT_S = 120
 
@@ -185,7 +190,7 @@ class Bench:
     def __init__(self, folder: str, rounds: int, seconds: int) -> None:
         self.folder, self.rounds, self.seconds = folder, rounds, seconds
         self._number = 0
-        for name in ("put", "take", "mix"):
+        for name in PATHS:
             for close in (False, True):
                 with open(self._script(name, close), "w", encoding="ascii") as file:
                     file.write(lua(name, close))
@@ -219,9 +224,8 @@ class Bench:
 
     def load(self, child: Child, name: str, connections: int, *, close: bool = False,
              seconds: int = 0) -> Load:
-        path = {"put": f"/in/{QUEUE}", "take": f"/out/{QUEUE}", "mix": "/"}[name]
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds or self.seconds}s", "--latency",
-                   "-s", self._script(name, close), f"http://127.0.0.1:{child.port}{path}"]
+                   "-s", self._script(name, close), f"http://127.0.0.1:{child.port}{PATHS[name]}"]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
         found = re.search(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+)", output)
         if not found:
@@ -230,10 +234,10 @@ class Bench:
         return Load(requests * 1e6 / duration_us, median_us, max_us,
                     bad if requests else 1)
 
-    def fill(self, child: Child, count: float) -> None:
+    def fill(self, child: Child, count: float, name: str = "put") -> None:
         """Put until `count` messages are ready."""
         while ready_count(child) < count:
-            if self.load(child, "put", 8, seconds=1).bad:
+            if self.load(child, name, 8, seconds=1).bad:
                 sys.exit("bench: a put was refused; is the disk full?")
 
     def alternated(self, number: int, one: Callable[[], Load],
@@ -247,17 +251,27 @@ class Bench:
 
 
 def lua(name: str, close: bool) -> str:
-    """Return wrk's script: static requests, or puts and takes in turn."""
+    """Return wrk's script: static requests, puts and takes in turn, or leases and acks."""
     def headers(token: str) -> str:
         extra = ', ["Connection"] = "close"' if close else ""
+        extra += ', ["Content-Type"] = "application/x-ndjson"' if name == "batch-put" else ""
         return f'{{["Authorization"] = "{token}"{extra}}}'
     body = MESSAGE.decode()
     done = ('done = function(summary, latency)\n  io.write(string.format("RESULT %d %d %d %d %d\\n"'
             ', summary.requests, summary.duration, latency:percentile(50), latency.max, '
             'summary.errors.status))\nend\n')
-    if name == "put":
-        return f'wrk.method = "POST"\nwrk.body = "{body}"\nwrk.headers = {headers(POST)}\n' + done
-    if name == "take":
+    if name in ("put", "batch-put"):
+        what = f'"{body}"' if name == "put" else f'string.rep("{body}\\n", {BATCH})'
+        return f'wrk.method = "POST"\nwrk.body = {what}\nwrk.headers = {headers(POST)}\n' + done
+    if name == "lease":
+        return (f'local take, leases = nil, {{}}\ninit = function()\n'
+                f'  take = wrk.format("GET", "/out/{QUEUE}?lease=60", {headers(GET)})\nend\n'
+                f'request = function()\n  local lease = table.remove(leases)\n'
+                f'  return lease and wrk.format("POST", "/ack/{QUEUE}?lease=" .. lease, '
+                f'{headers(GET)}) or take\nend\n'
+                f'response = function(status, headers)\n'
+                f'  table.insert(leases, headers["Lease-Id"])\nend\n') + done
+    if name in ("take", "batch-take"):
         return f'wrk.headers = {headers(GET)}\n' + done
     return (f'local count, put, take = 0\ninit = function()\n'
             f'  put = wrk.format("POST", "/in/{QUEUE}", {headers(POST)}, "{body}")\n'
@@ -411,6 +425,90 @@ def start_rows(bench: Bench) -> List[Row]:
     return [killed, clean]
 
 
+def batch_rows(bench: Bench) -> List[Row]:
+    """Messages a second in batches, against one at a time; each round on a new folder."""
+    rows = {name: Row(f"{name}, fsync always, 8 connections, batches of {BATCH}, messages a second "
+                      "against single ones", 30, [], "{:.0f}x") for name in ("put", "take")}
+    for _ in range(bench.rounds):
+        child = bench.start("always")
+        for name, row in rows.items():
+            if name == "take":
+                bench.fill(child, 500_000 * bench.seconds, "batch-put")
+            one = bench.load(child, name, 8)
+            many = bench.load(child, "batch-" + name, 8)
+            print(f"  {name}: {many.rate * BATCH:.0f} messages a second in batches, "
+                  f"{one.rate:.0f} alone", file=sys.stderr)
+            row.values.append(None if one.bad or many.bad else many.rate * BATCH / one.rate)
+        child.stop()
+    return list(rows.values())
+
+
+def lease_rows(bench: Bench) -> List[Row]:
+    """Lease and ack as a pair against a plain take."""
+    row = Row("lease + ack as a pair, fsync always, 8 connections, against a plain take", 0.4, [])
+    child = bench.start("always")
+    for number in range(bench.rounds):
+        bench.fill(child, 30_000 * bench.seconds, "batch-put")
+        pair, plain = bench.alternated(number, lambda: bench.load(child, "lease", 8),
+                                       lambda: bench.load(child, "take", 8))
+        row.values.append(ratio(pair._replace(rate=pair.rate / 2), plain))
+    child.stop()
+    return [row]
+
+
+class Consumer:
+    """A connection on which a long poll waits."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = create_connection(("127.0.0.1", port), 60)
+
+    def poll(self) -> None:
+        self.socket.sendall(f"GET /out/{QUEUE}?wait=300 HTTP/1.1\r\nHost: x\r\n"
+                            f"Authorization: {GET}\r\n\r\n".encode())
+
+
+def consumer_rows(bench: Bench) -> List[Row]:
+    """From a put to the answer of one of many long polls, which then polls again."""
+    rows = [Row(f"a put to one of {WAITERS:,} waiting consumers, {what}", limit, [], form,
+                at_least=False)
+            for what, limit, form in (("median", 10, "{:.1f} ms"), ("p99", 50, "{:.1f} ms"),
+                                      ("resident memory", 100, "{:.1f} MiB"))]
+    child = bench.start("always")
+    selector = selectors.DefaultSelector()
+    for _ in range(WAITERS):
+        consumer = Consumer(child.port)
+        consumer.poll()
+        selector.register(consumer.socket, selectors.EVENT_READ, consumer)
+    time.sleep(1)
+    for _ in range(bench.rounds):
+        times = sorted(wake_one(child, selector) * 1000 for _ in range(WAKES))
+        for row, value in zip(rows, (statistics.median(times), times[int(WAKES * 0.99)],
+                                     child.resident_bytes() / MIB)):
+            row.values.append(value)
+    child.stop()
+    return rows
+
+
+def wake_one(child: Child, selector: selectors.BaseSelector) -> float:
+    """Put a message from a thread of its own; return the seconds until a consumer has it."""
+    thread = threading.Thread(target=put_one, args=(child.port,))
+    start = time.perf_counter()
+    thread.start()
+    key = selector.select(60)[0][0]
+    took = time.perf_counter() - start
+    key.data.socket.recv(65536)
+    key.data.poll()
+    thread.join()
+    return took
+
+
+def put_one(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", f"/in/{QUEUE}", MESSAGE, {"Authorization": POST})
+    connection.getresponse().read()
+    connection.close()
+
+
 def idle_rows(bench: Bench) -> List[Row]:
     """A server that has nothing to do: one round, for it has nobody to alternate with."""
     child = bench.start("always")
@@ -470,7 +568,8 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
 # What --row knows. The long one is last.
 ROWS: Dict[str, Callable[[Bench], List[Row]]] = {
     "stock": stock_rows, "sync": sync_rows, "group": group_rows, "waiting": waiting_rows,
-    "start": start_rows, "idle": idle_rows, "compact": compact_rows}
+    "start": start_rows, "batch": batch_rows, "lease": lease_rows, "consumers": consumer_rows,
+    "idle": idle_rows, "compact": compact_rows}
 
 
 def main() -> int:

@@ -138,8 +138,8 @@ class Worker:
                 for number, payload in enumerate(payloads):
                     self._tell("accepted", payload, first + number)
 
-    def take(self, consumer: str) -> Optional[mq.Delivery]:
-        delivery = self.queue.take()
+    def take(self, consumer: str, wish: mq.Wish = mq.ONE) -> Optional[mq.Delivery]:
+        delivery = self.queue.take(wish=wish)
         for message in delivery.messages if delivery else ():
             self._tell("delivered", consumer, message.payload, message.id, message.delivery)
         return delivery
@@ -148,12 +148,18 @@ class Worker:
         """Settle; on a full disk memory alone may know it until a compaction ended well."""
         if delivery:
             self._tell("settling", consumer)
-            self.queue.settle(delivery)
+            if delivery.lease is None:
+                self.queue.settle(delivery)
+            else:
+                self.queue.ack(mq.FIFO, delivery.lease)
             self._tell("unsure" if self.queue._unlogged else "settled", consumer)
 
     def give_back(self, consumer: str, delivery: Optional[mq.Delivery], delay_s: int = 0) -> None:
         if delivery:
-            self.queue.retry(delivery, delay_s)
+            if delivery.lease is None:
+                self.queue.retry(delivery)
+            else:
+                self.queue.nack(mq.FIFO, delivery.lease, delay_s)
             self._tell("returned", consumer)
 
     def consume(self, times: int, consumer: str = "main") -> None:
@@ -161,8 +167,10 @@ class Worker:
             self.settle(consumer, self.take(consumer))
 
     def consume_in_disorder(self) -> None:
-        """Have five out at once: settle the third and the first, give the others back."""
-        out = [(f"hand{number}", self.take(f"hand{number}")) for number in range(5)]
+        """Have five out at once, in the end on leases: settle the third and the first, give the
+        others back."""
+        out = [(f"hand{number}", self.take(f"hand{number}", mq.Wish(lease_s=HOUR_S * (number > 1))))
+               for number in range(5)]
         self.settle(*out[2])
         self.give_back(*out[1])
         self.settle(*out[0])
