@@ -53,7 +53,6 @@ import functools
 import hashlib
 import heapq
 import http
-import http.server
 import itertools
 import json
 import logging
@@ -73,6 +72,11 @@ import time
 import zlib
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar)
+
+if __name__ == "__main__":
+    # http.server imports http.client, and that ssl, if there is one: 1.2 MiB that serve nobody.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+import http.server  # noqa: E402
 
 __version__ = "2.0.0"
 
@@ -162,6 +166,7 @@ class ApiError(Exception):
 # function walks them all, so that every refusal names its JSON path.
 
 Check = Callable[[Any], Optional[str]]
+FIFO = ""                        # the one subscriber of a fifo queue
 QUEUE_NAME = re.compile(r"[-a-zA-Z0-9]{1,50}")
 T = TypeVar("T")
 
@@ -231,7 +236,7 @@ class QueueConfig:
     """One queue; `ttl` in seconds."""
 
     name: str = _field(_queue_name)
-    kind: str = _field(_later(_text("fifo|broadcast", '"fifo" or "broadcast"'), "fifo"), "fifo")
+    kind: str = _field(_text("fifo|broadcast", '"fifo" or "broadcast"'), "fifo")
     content_type: str = _field(_text(r"[!-~]([ -~]{0,126}[!-~])?", "a media type"),
                                "application/json")
     max_messages: Optional[int] = _field(_whole(1, 1 << 50, null=True), None)
@@ -261,7 +266,7 @@ class Token:
         return bytes.fromhex(self.token_sha256 or "")
 
     def may(self, permission: str, queue: str) -> bool:
-        granted = {"post": self.post, "get": self.get,
+        granted = {"post": self.post, "get": self.get, "peek": self.get,
                    "any": (*self.post, *self.get)}.get(permission, ())
         return self.admin or queue in granted
 
@@ -273,6 +278,13 @@ class Config:
     settings: Settings
     queues: Sequence[QueueConfig]
     tokens: Sequence[Token]
+
+    def subscribers(self, queue: QueueConfig) -> Sequence[str]:
+        """Return who gets each message of a queue: all the difference between the kinds."""
+        if queue.kind == "fifo":
+            return (FIFO,)
+        return tuple(token.name for token in self.tokens
+                     if queue.name in token.get and not token.admin)
 
 
 class _Object(Dict[str, Any]):
@@ -314,6 +326,10 @@ def parse_config(value: Any) -> Config:
     _check_unique("tokens", "name", [token.name for token in config.tokens])
     _check_dead_letters(config)
     _check_tokens(config)
+    for number, queue in enumerate(config.queues):
+        if not config.subscribers(queue):
+            raise ConfigError(f"queues[{number}].kind: a broadcast queue needs a subscriber: a "
+                              f"token without admin that has {queue.name} in its get")
     return config
 
 
@@ -1188,6 +1204,10 @@ class Subscription:
                 log.set_aside(offset, end)
             elif record.type == MESSAGE and record.id >= self.cursor_id:
                 self._ahead.append((offset, end, record))
+            elif record.type == MESSAGE:     # a compaction kept it for another subscriber
+                self.cursor_offset = end
+                self.passed += 1
+                self.passed_bytes += end - offset
             if end - start >= AHEAD_BYTES and self._ahead:
                 break
         if not self._ahead:                              # the rest was damaged
@@ -1255,7 +1275,10 @@ class Subscription:
     # -- what the log says
 
     def apply_delayed(self, record: Record, offset: int, size: int) -> None:
-        """A message was put with a delay: an entry at once, for the timers to see."""
+        """A message was put with a delay: an entry at once, for the timers to see. Not for one
+        who settled it before a compaction kept it for others."""
+        if record.id < self.cursor_id:
+            return
         self.entries[record.id] = ENTRY.pack(offset, record.due_ms, size, record.deliveries)
         self._wait_until(record.id, record.due_ms)
 
@@ -1447,12 +1470,23 @@ class State:
         if len(self.subscriptions) == 1:
             only = next(iter(self.subscriptions.values()))
             return only.held_count, only.held_bytes
+        for subscription in self.subscriptions.values():
+            subscription._next()             # counts what it need not see
         lowest = min(self.subscriptions.values(), key=lambda s: s.cursor_id)
         below = {id_: entry for s in self.subscriptions.values()
                  for id_, entry in s.entries.items() if id_ < lowest.cursor_id}
         return (self.appended - lowest.passed + len(below),
                 self.appended_bytes - lowest.passed_bytes
                 + sum(ENTRY.unpack(entry)[2] for entry in below.values()))
+
+    def all_held(self) -> Iterator[Message]:
+        """Yield what anyone holds, in order; reads the log from the first of it on."""
+        starts = [ENTRY.unpack(entry)[0] for s in self.subscriptions.values()
+                  for entry in s.entries.values()]
+        starts += [s.cursor_offset for s in self.subscriptions.values()]
+        for offset, end, record in self.log.scan(min(starts), self.end, AHEAD_BYTES):
+            if record and record.type == MESSAGE and self.holds(record.id):
+                yield as_message(record, offset, end - offset, record.deliveries)
 
     def holds(self, message_id: int) -> bool:
         """Tell whether any subscriber still needs a message."""
@@ -1496,13 +1530,39 @@ class Place(NamedTuple):
     def holds(self, message_id: int) -> bool:
         return message_id >= self.cursor_id or message_id in self.entries
 
-    def retries(self, now_ms: int) -> Iterator[Record]:
+    @classmethod
+    def union(cls, places: Sequence[Place]) -> Place:
+        """Return the place of one who needs what any of these needs, as early as any of them,
+        and counts as few deliveries."""
+        lowest = min(places, key=lambda place: place.cursor_id)
+        entries: Dict[int, bytes] = {}
+        for message_id in {id_ for place in places for id_ in place.entries}:
+            found = [place.entries.get(message_id) for place in places if place.holds(message_id)]
+            if None not in found:
+                offset, due_ms, size, count = map(
+                    min, zip(*(ENTRY.unpack(entry) for entry in found if entry)))
+                entries[message_id] = ENTRY.pack(offset, due_ms, size, count)
+        return lowest._replace(entries=entries)
+
+    def records(self, name: str, now_ms: int) -> Iterator[Record]:
+        """Yield what puts a new subscriber into this place."""
+        after = self.lowest
+        yield position(after, name, now_ms)
+        for message_id in sorted(id_ for id_ in self.entries if id_ < self.cursor_id):
+            if message_id > after:
+                yield settled(after, message_id - 1, name, now_ms)
+            after = message_id + 1
+        if after < self.cursor_id:
+            yield settled(after, self.cursor_id - 1, name, now_ms)
+        yield from self.retries(name, now_ms)
+
+    def retries(self, name: str, now_ms: int) -> Iterator[Record]:
         """Yield what is to be known of entries besides that they wait."""
         for message_id, entry in sorted(self.entries.items()):
             _, due_ms, _, count = ENTRY.unpack(entry)
             due_ms = READY if due_ms == LEASED else due_ms
             if count or due_ms:
-                yield retry(message_id, count, due_ms, self.name, now_ms)
+                yield retry(message_id, count, due_ms, name, now_ms)
 
     def restore(self, subscription: Subscription) -> None:
         s = subscription
@@ -1558,7 +1618,6 @@ class Snapshot(NamedTuple):
 # ---- Queue --------------------------------------------------------------------------------
 # A lock, a log and its subscriptions. A fifo queue has one subscription, by the empty name.
 
-FIFO = ""                        # the subscriber of a fifo queue
 NEVER = 1 << 62                  # a time (ms) that does not come
 MAX_SLEEP_MS = 1 << 31           # what a wait for a condition can bear
 EXPIRED_AT_ONCE = 1000           # records that one hold of the lock looks at for their age
@@ -1649,10 +1708,11 @@ class Waiter:
 
 
 class Consumers:
-    """Who holds or awaits the messages of one subscriber: memory only. The queue's lock guards
-    it."""
+    """Who holds or awaits the messages of one subscriber, and what became of them: memory only.
+    The queue's lock guards it."""
 
     def __init__(self) -> None:
+        self.dead_lettered_total = 0
         self.leases: Dict[int, Lease] = {}
         self.waiters: collections.OrderedDict[int, Waiter] = collections.OrderedDict()
         self.lease_deadlines = Deadlines(self._is_leased, lambda: len(self.leases))
@@ -1738,7 +1798,7 @@ class Queue:
         self.log = Log(folder, fsync, storage)
         self.state = State(self.log)
         self.in_total = self.out_total = self.redelivered_total = self.compactions_total = 0
-        self.expired_total = self.dead_lettered_total = 0
+        self.expired_total = 0
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
         self._epoch_ms = 0                   # the queue's time when the monotonic clock was 0
@@ -1776,12 +1836,32 @@ class Queue:
               messages=self.state.held()[0], scanned_bytes=self.log.tail - start)
 
     def _meet_subscribers_locked(self) -> None:
-        known, now_ms = set(self.state.subscriptions), self.now_ms()
-        start = 0 if self.log.corrupt_records else self.state.next_id
-        self._note_locked([position(start, name, now_ms)
-                           for name in self.subscribers if name not in known]
-                          + [position(LEFT, name, now_ms)
-                             for name in sorted(known.difference(self.subscribers))])
+        """Place the subscribers that are new, let go of those that left. A new one starts from
+        now on; after damage where the log does, for its position may be what is lost."""
+        known, now_ms = self.state.subscriptions, self.now_ms()
+        left = [name for name in known if name not in self.subscribers]
+        new = [name for name in self.subscribers if name not in known]
+        if left and (FIFO in left or FIFO in self.subscribers):
+            self._switch_kind_locked(now_ms)
+        else:
+            start = 0 if self.log.corrupt_records else self.state.next_id
+            self._note_locked([position(start, name, now_ms) for name in new])
+        self._note_locked([position(LEFT, name, now_ms) for name in left])
+        for what, names in (("joined", new), ("left", left)):
+            for name in filter(None, names):
+                event(logging.INFO, f"subscriber_{what}", queue=self.config.name, subscriber=name)
+
+    def _switch_kind_locked(self, now_ms: int) -> None:
+        """Give each subscriber all that anyone had not settled. Durable on return: only then may
+        the former ones be forgotten, and while one is there, a start begins this again."""
+        known = self.state.subscriptions
+        former = [known[FIFO]] if FIFO not in self.subscribers else list(known.values())
+        place = Place.union([Place.of(subscription) for subscription in former])
+        event(logging.WARNING, "kind_switched", queue=self.config.name, to=self.config.kind,
+              messages=self.state.held()[0])
+        self._note_locked([record for name in self.subscribers
+                           for record in place.records(name, now_ms)])
+        self.log.sync()
 
     def close(self) -> None:
         """Write a bookmark that marks a clean stop, and let go of the folder."""
@@ -1892,14 +1972,18 @@ class Queue:
         self._consumers[subscriber].add_lease(key, Lease(out, deadline_ms))
         self._wake_locked(deadline_ms)
 
-    def peek(self, subscriber: str = FIFO, wish: Wish = ONE) -> Optional[Delivery]:
-        """Return what a take would, without taking it: a peek counts as no delivery."""
+    def peek(self, subscriber: Optional[str] = FIFO, wish: Wish = ONE) -> Optional[Delivery]:
+        """Return what a take would, without taking it: a peek counts as no delivery. Without a
+        subscriber, look at what anyone has not settled."""
         while self.tick() <= self._clock.monotonic_ms():
             pass
         with self._turn:
-            ready = choose(self.state.subscriptions[subscriber].upcoming(), wish)
-            messages = [message._replace(delivery=message.delivery - 1) for message in ready]
-        return Delivery(subscriber, messages, None, wish.lines > 0
+            state = self.state
+            ready = (state.all_held() if subscriber is None
+                     else state.subscriptions[subscriber].upcoming())
+            messages = [message._replace(delivery=message.delivery - 1)
+                        for message in choose(ready, wish)]
+        return Delivery(subscriber or FIFO, messages, None, wish.lines > 0
                         and is_line(messages[0].payload)) if messages else None
 
     # -- waiting
@@ -2099,7 +2183,8 @@ class Queue:
                 self._dead[subscriber, message_id] = True
         else:
             self._note_settled_locked(subscriber, ids)
-            self.dead_lettered_total += 0 if expired else len(ids)
+            if not expired:
+                self._consumers[subscriber].dead_lettered_total += len(ids)
 
     def _expel_spent_locked(self) -> None:
         """After a start, for the limit may be a new one."""
@@ -2130,7 +2215,7 @@ class Queue:
                 ids = [m.id for owner, m in letters if owner == name
                        and self._dead.pop((name, m.id), False)]
                 self._note_settled_locked(name, ids)
-                self.dead_lettered_total += len(ids)
+                self._consumers[name].dead_lettered_total += len(ids)
 
     # -- numbers
 
@@ -2144,7 +2229,8 @@ class Queue:
                     "messages_out_total": self.out_total,
                     "messages_redelivered_total": self.redelivered_total,
                     "messages_expired_total": self.expired_total,
-                    "messages_dead_lettered_total": self.dead_lettered_total,
+                    "messages_dead_lettered_total": sum(
+                        consumers.dead_lettered_total for consumers in self._consumers.values()),
                     "corrupt_records_total": self.log.corrupt_records,
                     "compactions_total": self.compactions_total}
 
@@ -2154,7 +2240,8 @@ class Queue:
         age_ms = max(0, self.now_ms() - record.time_ms) if record else 0
         return {"ready": subscription.ready_count, "leased": subscription.leased_count,
                 "delayed": subscription.delayed_count,
-                "oldest_message_age_seconds": age_ms / 1000}
+                "oldest_message_age_seconds": age_ms / 1000,
+                "messages_dead_lettered_total": self._consumers[subscriber].dead_lettered_total}
 
     def _note_locked(self, records: Sequence[Record]) -> None:
         """Append and apply what must not be refused. On a full disk memory alone knows it,
@@ -2304,7 +2391,7 @@ class Compaction:
         for place in places:
             records = [settled(first, last, place.name, now_ms)
                        for first, last in self._holes.get(place.name, ()) if first != LEFT]
-            records.extend(place.retries(now_ms))
+            records.extend(place.retries(place.name, now_ms))
             for at in range(0, len(records), 500):
                 self._write(records[at:at + 500])
                 self._pause()
@@ -2415,7 +2502,7 @@ class Broker:
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
                                         fsync=settings.fsync, clock=clock, space=self.space,
-                                        wake_at=self._wake_at)
+                                        subscribers=config.subscribers(item), wake_at=self._wake_at)
                        for item in config.queues}
         self._low_space = False
         self._stuck: Set[str] = set()        # queues whose dead letters find no space
@@ -2838,6 +2925,7 @@ class Call(NamedTuple):
     request: Request
     token: Optional[Token]
     queue: Optional[Queue]
+    subscriber: Optional[str]                # as whom the token takes from the queue
     parameters: Mapping[str, int]
     read_body: Callable[[], bytes]
     before_blocking: Callable[[], None]      # to be called before anything that waits
@@ -2918,10 +3006,10 @@ def once_durable(call: Call, number: int, answer: Answer) -> Answer:
 
 
 def take(call: Call) -> Answer:
-    queue, wish = _queue(call), _wish(call)
+    queue, subscriber, wish = _queue(call), _subscriber(call), _wish(call)
     wait_s = call.parameters.get("wait", 0)
     if not wait_s:
-        return answer_with(queue, queue.take(FIFO, wish))
+        return answer_with(queue, queue.take(subscriber, wish))
     answers: List[Callable[[Answer], None]] = []
 
     def answer(delivery: Optional[Delivery]) -> None:
@@ -2932,10 +3020,10 @@ def take(call: Call) -> Answer:
 
     def start(finish: Callable[[Answer], None]) -> None:
         answers.append(finish)
-        delivery = queue.take(FIFO, wish, waiter)
+        delivery = queue.take(subscriber, wish, waiter)
         if delivery:
             answer(delivery)
-    return Answer(pending=Pending(start, lambda: queue.stop_waiting(FIFO, waiter)))
+    return Answer(pending=Pending(start, lambda: queue.stop_waiting(subscriber, waiter)))
 
 
 def _wish(call: Call) -> Wish:
@@ -2961,23 +3049,23 @@ def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
 
 
 def ack(call: Call) -> Answer:
-    _queue(call).ack(FIFO, call.parameters["lease"])
+    _queue(call).ack(_subscriber(call), call.parameters["lease"])
     return Answer()
 
 
 def nack(call: Call) -> Answer:
-    _queue(call).nack(FIFO, call.parameters["lease"], call.parameters.get("delay", 0))
+    _queue(call).nack(_subscriber(call), call.parameters["lease"], call.parameters.get("delay", 0))
     return Answer()
 
 
 def extend(call: Call) -> Answer:
-    _queue(call).extend(FIFO, call.parameters["lease"], call.parameters["seconds"])
+    _queue(call).extend(_subscriber(call), call.parameters["lease"], call.parameters["seconds"])
     return Answer()
 
 
 def peek(call: Call) -> Answer:
     queue = _queue(call)
-    return answer_with(queue, queue.peek(FIFO, _wish(call)))._replace(delivery=None)
+    return answer_with(queue, queue.peek(call.subscriber, _wish(call)))._replace(delivery=None)
 
 
 def compact(call: Call) -> Answer:
@@ -2996,6 +3084,11 @@ def _queue(call: Call) -> Queue:
     return call.queue
 
 
+def _subscriber(call: Call) -> str:
+    assert call.subscriber is not None       # authorize saw to it
+    return call.subscriber
+
+
 def show_stats(call: Call) -> Answer:
     """Tell of one queue, or of all that the token may use."""
     queues = {name: queue for name, queue in call.server.broker.queues.items()
@@ -3007,12 +3100,14 @@ def show_stats(call: Call) -> Answer:
 
 
 def stats_of(numbers: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return a queue's numbers with those of its subscribers summed up."""
+    """Return a queue's numbers with those of its subscribers summed up; a broadcast queue's
+    name them too."""
     subscribers = numbers["subscribers"].values()
     total = {key: sum(counts[key] for counts in subscribers)
              for key in ("ready", "leased", "delayed")}
     age_s = max(counts["oldest_message_age_seconds"] for counts in subscribers)
-    rest = {key: value for key, value in numbers.items() if key != "subscribers"}
+    rest = {key: value for key, value in numbers.items()
+            if key != "subscribers" or FIFO not in value}
     return {**total, "oldest_message_age_seconds": age_s, **rest}
 
 
@@ -3055,7 +3150,7 @@ ACTIONS: Mapping[str, Action] = {
                    {"lease": LEASE, "delay": DELAY}),
     "extend": Action(("POST",), "get", extend, "POST: a lease ends in so many seconds from now",
                      {"lease": LEASE, "seconds": LEASE_SECONDS._replace(required=True)}),
-    "peek": Action(GET_OR_HEAD, "get", peek, "GET: look at the oldest message without taking it",
+    "peek": Action(GET_OR_HEAD, "peek", peek, "GET: look at the oldest message without taking it",
                    {"max": MAX}),
     "compact": Action(GET_OR_POST, "admin", compact,
                       "GET: rewrite the queue's log without dead bytes"),
@@ -3083,8 +3178,9 @@ def dispatch(handler: Handler, request: Request) -> Answer:
         return describe(request, action)
     token: Optional[Token] = None
     queue: Optional[Queue] = None
+    subscriber: Optional[str] = None
     if action is None or action.permission:
-        token, queue = authorize(server, request, action, handler.client_address)
+        token, queue, subscriber = authorize(server, request, action, handler.client_address)
     assert action is not None                # authorize raised
     if request.method not in action.methods:
         raise ApiError(405, f"Use {' or '.join(action.methods)} here",
@@ -3094,8 +3190,8 @@ def dispatch(handler: Handler, request: Request) -> Answer:
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
     if request.length > server.config.settings.max_message_bytes:
         raise too_large(server)
-    return action.call(Call(server, request, token, queue, parameters, handler.read_body,
-                            handler.before_blocking, handler.is_gone))
+    return action.call(Call(server, request, token, queue, subscriber, parameters,
+                            handler.read_body, handler.before_blocking, handler.is_gone))
 
 
 def find_action(request: Request) -> Optional[Action]:
@@ -3129,8 +3225,8 @@ def too_large(server: Server) -> ApiError:
 
 
 def authorize(server: Server, request: Request, action: Optional[Action],
-              client: Tuple[Any, ...]) -> Tuple[Token, Optional[Queue]]:
-    """Return the request's token and the queue that it may use for this action, if any."""
+              client: Tuple[Any, ...]) -> Tuple[Token, Optional[Queue], Optional[str]]:
+    """Return the request's token, the queue that it may use for this action, and as whom."""
     if server.unready:
         raise unready(server)
     token = server.broker.tokens.get(request.token_digest or b"")
@@ -3143,7 +3239,7 @@ def authorize(server: Server, request: Request, action: Optional[Action],
     if action is None:
         raise no_such_path()
     if request.queue is None:
-        return token, None
+        return token, None, None
     if not token.may(action.permission, request.queue):
         log_request(logging.WARNING, "forbidden", request, client, token=token.name,
                     action=request.action, queue=request.queue)
@@ -3152,7 +3248,12 @@ def authorize(server: Server, request: Request, action: Optional[Action],
     queue = server.broker.queues.get(request.queue)
     if queue is None:
         raise ApiError(404, f"No queue is named {request.queue}; queues stand in the config")
-    return token, queue
+    own = token.name if token.name in queue.subscribers else None
+    subscriber = FIFO if FIFO in queue.subscribers else own
+    if subscriber is None and action.permission == "get":
+        raise ApiError(403, "An admin token is no subscriber of a broadcast queue; use a token "
+                            "without admin that has the queue in its get")
+    return token, queue, subscriber
 
 
 def log_request(level: int, name: str, request: Request, client: Tuple[Any, ...],

@@ -1,8 +1,10 @@
 """Tests of micro_queue: standard library only, no sleeping on clocks. Run: python3 -m unittest"""
 import contextlib
+import copy
 import dataclasses
 import errno
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -167,6 +169,15 @@ def counts(queue, subscriber=""):
     return numbers["ready"], numbers["leased"], numbers["delayed"]
 
 
+def payloads_of(queue, subscriber):
+    """Take and settle all that a subscriber has ready; return what it was."""
+    found = []
+    for delivery in iter(lambda: queue.take(subscriber), None):
+        found.append(delivery.messages[0].payload)
+        queue.settle(delivery)
+    return found
+
+
 def payloads(queue):
     return [payload for _, payload in drain(queue)]
 
@@ -258,7 +269,8 @@ class Ledger:
         """What the consumer was delivered is known to be back: lost if it is not seen again."""
         with self._lock:
             for payload in self._open.pop(consumer, ()):
-                del self._out[payload]
+                if self._out.get(payload, (None,))[0] == consumer:   # no other has it by now
+                    del self._out[payload]
 
     def dropping(self):
         """All that was answered so far is about to be dropped: it may come, or not."""
@@ -359,7 +371,9 @@ class ConfigTest(unittest.TestCase):
             (lambda c: c["queues"][0].update(ttl=0), "queues[0].ttl"),
             (lambda c: c["queues"][1].update(dead_letter="x"), "queues[1].dead_letter", "named"),
             (lambda c: c["queues"][0].update(dead_letter="fetcher"), "queues[0].dead", "circle"),
-            (lambda c: c["queues"][0].update(kind="broadcast"), "queues[0].kind"),
+            (lambda c: c["queues"][0].update(kind="topic"), "queues[0].kind"),
+            (lambda c: (c["queues"][0].update(kind="broadcast"), c["tokens"].pop(1)),
+             "queues[0].kind", "subscriber"),
             (lambda c: c["settings"].update(standby=True), "settings.standby"),
             (lambda c: c["tokens"][1].update(get=["nope"]), "tokens[1].get[0]"),
             (lambda c: c["tokens"][1].update(get="fetcher"), "tokens[1].get"),
@@ -900,7 +914,8 @@ class Model:
         self.restarted()
 
     def restarted(self):
-        self.totals = dict.fromkeys(("in", "out", "redelivered", "expired", "dead_lettered"), 0)
+        self.totals = dict.fromkeys(("in", "out", "redelivered", "expired"), 0)
+        self.dead_lettered = dict.fromkeys(self.held, 0)
         for name, held in self.held.items():
             self.leases[name].clear()
             self.waiters[name].clear()
@@ -908,6 +923,23 @@ class Model:
                 item.owner = None
                 if self.config.max_deliveries and item.count >= self.config.max_deliveries:
                     self.expel(name, item)
+
+    def change(self, subscribers):
+        """Another config: who is new starts from now on, or, if the kind changed, with what
+        anyone had not settled, as early and as little delivered as for any of them."""
+        known, union = self.held, {}
+        switched = ("" in known) != ("" in subscribers)
+        for item in [item for held in known.values() for item in held.values()]:
+            first = union.setdefault(item.id, item)
+            if first is not item:
+                both = Held(item.id, item.payload, item.time_ms, min(first.due_ms, item.due_ms))
+                both.count = min(first.count, item.count)
+                union[item.id] = both
+        self.held = {name: known[name] if name in known else
+                     {id_: copy.copy(item) for id_, item in union.items()} if switched else {}
+                     for name in subscribers}
+        self.leases = {name: {} for name in subscribers}
+        self.waiters = {name: [] for name in subscribers}
 
     def all_held(self):
         return {item.id: item for held in self.held.values() for item in held.values()}
@@ -995,7 +1027,7 @@ class Model:
         item.owner = "dead"
         if not self.config.dead_letter:
             self.held[name] = {i: h for i, h in self.held[name].items() if h is not item}
-            self.totals["dead_lettered"] += not expired
+            self.dead_lettered[name] += not expired
 
     def dead(self):
         return {(name, item.id) for name, held in self.held.items()
@@ -1004,7 +1036,7 @@ class Model:
     def bury(self, letters):
         for name, message_id in letters:
             del self.held[name][message_id]
-            self.totals["dead_lettered"] += 1
+            self.dead_lettered[name] += 1
 
     def purge(self):
         for name in self.held:
@@ -1032,13 +1064,15 @@ class Model:
         return {"ready": len(self.ready(name, now)),
                 "leased": sum(item.owner is not None for item in items),
                 "delayed": sum(item.owner is None and item.due_ms > now for item in items),
-                "oldest_message_age_seconds": (now - oldest) / 1000}
+                "oldest_message_age_seconds": (now - oldest) / 1000,
+                "messages_dead_lettered_total": self.dead_lettered[name]}
 
 
 class ModelTest(Folder):
     """Random operations on a queue and on the model; every answer must be the same."""
 
     subscribers = ("",)
+    others = ()                              # sets of subscribers that a restart may bring
 
     def test_a_queue_agrees_with_the_model_through_restarts_and_compactions(self):
         configs = [{}, {"max_messages": 12, "max_bytes": 300}, {"ttl": 2},
@@ -1088,6 +1122,9 @@ class ModelTest(Folder):
         else:
             self.drop()
         self.queues.clear()
+        if self.others and self.rng.random() < 0.5:
+            self.subscribers = self.rng.choice(self.others)
+            self.model.change(self.subscribers)
         self.start()
         self.deliveries.clear()
         self.model.restarted()
@@ -1100,12 +1137,14 @@ class ModelTest(Folder):
 
     def compare(self, act):
         now = self.queue.now_ms()
-        self.assertEqual(self.answers, self.model.answers, act)
+        self.assertEqual(sorted(self.answers), sorted(self.model.answers), act)
         numbers = self.queue.numbers()
         for name in self.subscribers:
             self.assertEqual(numbers["subscribers"][name], self.model.numbers(name, now), act)
         for name, total in self.model.totals.items():
             self.assertEqual(numbers[f"messages_{name}_total"], total, (act, name))
+        self.assertEqual(numbers["messages_dead_lettered_total"],
+                         sum(self.model.dead_lettered.values()), act)
         held = self.model.all_held().values()
         self.assertEqual(self.queue.state.held(), (len(held), sum(
             len(item.payload) + mq.HEAD.size for item in held)), act)
@@ -1216,6 +1255,73 @@ class ModelTest(Folder):
     def purge(self):
         self.assertEqual(self.queue.purge()[0], len(self.model.all_held()))
         self.model.purge()
+
+
+class BroadcastModelTest(ModelTest):
+    """The same with several subscribers, who join and leave; and with a change of kind."""
+
+    subscribers = ("a", "b")
+    others = (("a", "b"), ("a",), ("b", "c"), ("a", "b", "c"), ("",))
+
+    def peek(self):
+        super().peek()
+        delivery = self.queue.peek(None, mq.Wish(1000, mq.MIB))
+        held = self.model.all_held()
+        messages = list(itertools.takewhile(lambda i: mq.is_line(held[i].payload), sorted(held)))
+        expected = messages or sorted(held)[:1]
+        self.assertEqual(self.told(delivery), [(id_, 0) for id_ in expected])
+
+
+class SubscriberTest(Folder):
+    """Who gets what when the config changes between two starts."""
+
+    def take_all(self, queue, *names):
+        return {name: payloads_of(queue, name) for name in names}
+
+    def test_a_new_subscriber_starts_from_now_on_and_one_that_left_holds_nothing(self):
+        queue = self.filled(b"1", b"2", subscribers=("a", "b"))
+        queue.settle(queue.take("a"))
+        queue = self.crash(subscribers=("a", "c"))
+        queue.put([b"3"])
+        self.assertEqual(queue.state.held()[0], 2)
+        self.assertEqual(self.take_all(queue, "a", "c"), {"a": [b"2", b"3"], "c": [b"3"]})
+        self.assertEqual(queue.state.held(), (0, 0))
+        queue = self.crash(subscribers=("a", "b"))
+        self.assertEqual(self.take_all(queue, "a", "b"), {"a": [], "b": []})
+
+    def test_positions_are_kept_by_restarts_and_compactions(self):
+        queue = self.filled(*[b"%d" % n for n in range(6)], subscribers=("a", "b"))
+        for name, settle in (("a", (0, 1, 3)), ("b", (2,))):
+            out = [queue.take(name) for _ in range(4)]
+            for number, delivery in enumerate(out):
+                (queue.settle if number in settle else queue.retry)(delivery)
+        queue.compact()
+        self.forget_bookmark()
+        queue = self.crash(subscribers=("a", "b"))
+        self.assertEqual(self.take_all(queue, "a", "b"), {
+            "a": [b"2", b"4", b"5"], "b": [b"0", b"1", b"3", b"4", b"5"]})
+
+    def test_from_fifo_to_broadcast_everyone_gets_what_was_waiting(self):
+        clock = FakeClock()
+        queue = self.filled(b"0", b"1", b"2", b"3", clock=clock)
+        queue.put([b"late"], delay_s=10)
+        out = [queue.take() for _ in range(3)]
+        queue.settle(out[1])
+        queue.retry(out[2])
+        queue = self.crash(subscribers=("a", "b"), clock=clock)
+        self.assertEqual(queue.take("a").messages[0].payload, b"0")
+        self.assertEqual(queue.take("a").messages[0].delivery, 2)
+        queue = self.crash(subscribers=("a", "b"), clock=clock)
+        clock.passed += 10_000
+        waiting = [b"0", b"2", b"3", b"late"]
+        self.assertEqual(self.take_all(queue, "a", "b"), {"a": waiting, "b": waiting})
+
+    def test_from_broadcast_to_fifo_what_anyone_had_not_settled_is_kept(self):
+        queue = self.filled(b"0", b"1", b"2", b"3", subscribers=("a", "b"))
+        for name, settle in (("a", (0, 1)), ("b", (1, 2))):
+            for number, delivery in enumerate([queue.take(name) for _ in range(3)]):
+                (queue.settle if number in settle else queue.retry)(delivery)
+        self.assertEqual(payloads(self.crash()), [b"0", b"2", b"3"])
 
 
 class CompactionTest(Folder):
@@ -1602,21 +1708,21 @@ class User:
         for payload in payloads:
             self.storage.tell("refused", payload)
 
-    def take(self, settle=True, wish=mq.ONE, delay_s=0):
+    def take(self, settle=True, wish=mq.ONE, delay_s=0, subscriber=""):
         """Take, and settle or give back; with a lease by its key."""
-        delivery = self.queue.take(wish=wish)
+        delivery, consumer = self.queue.take(subscriber, wish), subscriber or self.name
         if not delivery:
             return
         for message in delivery.messages:
-            self.storage.tell("delivered", self.name, message.payload, message.id,
+            self.storage.tell("delivered", consumer, message.payload, message.id,
                               message.delivery)
         if delivery.lease is None:
             (self.queue.settle if settle else self.queue.retry)(delivery)
         elif settle:
-            self.queue.ack("", delivery.lease)
+            self.queue.ack(subscriber, delivery.lease)
         else:
-            self.queue.nack("", delivery.lease, delay_s)
-        self.storage.tell("settled" if settle else "returned", self.name)
+            self.queue.nack(subscriber, delivery.lease, delay_s)
+        self.storage.tell("settled" if settle else "returned", consumer)
 
     def abandon(self, seconds):
         """Take with a lease and let it run out."""
@@ -1675,7 +1781,7 @@ class CrashStateTest(Folder):
         """Return a text about the smallest state that shows a fault, None without any."""
         for name in ("q", "dead"):
             shutil.rmtree(self.folder(name), ignore_errors=True)
-        storage = Recorder(broken)
+        storage, self.subscribers = Recorder(broken), ("",)
         scenario(storage)
         self.drop()
         return self.explore(storage.calls, [], share, nested)
@@ -1730,7 +1836,7 @@ class CrashStateTest(Folder):
         self.restore(state, "")              # in place of the whole base
         storage = Recorder()
         storage.adopt(self.base)
-        queue = self.open(fsync="always", storage=storage)
+        queue = self.open(fsync="always", storage=storage, subscribers=self.subscribers)
         User(queue, storage, "nested").put()
         self.drop()
         return self.explore(storage.calls, [*marks, ("fault", True)], 0.3)
@@ -1738,32 +1844,43 @@ class CrashStateTest(Folder):
     def check(self, state, marks):
         """Return the faults that the next starts show: put, kill, start, drain, start again."""
         self.restore(state)
-        ledger = Ledger()
-        for method, *arguments in marks:
-            getattr(ledger, method)(*arguments)
-        ledger.fault(power_cut=True)
         clock = FakeClock()
         clock.wall += 1_000_000              # delays are over
         options = {"storage": QuickStorage(), "fsync": "always", "clock": clock}
+        ledgers = {name: self.ledger_of(name, marks) for name in self.subscribers}
+        faults = []
         try:
-            queue = self.open("state/q", **options)
-            ledger.sending(b"later")
-            ledger.accepted(b"later", queue.put([b"later"]))
-            faults = []
+            queue = self.open("state/q", subscribers=self.subscribers, **options)
+            message_id = queue.put([b"later"])
             for consumer in ("first drain", "second drain"):
-                faults += self.drain_into(ledger, consumer, self.crash(name="state/q", **options))
+                queue = self.crash(name="state/q", subscribers=self.subscribers, **options)
+                for name, ledger in ledgers.items():
+                    if consumer == "first drain":
+                        ledger.sending(b"later")
+                        ledger.accepted(b"later", message_id)
+                    faults += self.drain_into(ledger, consumer, queue, name)
             self.drop()
             if os.path.exists(self.folder("state/dead")):
-                ledger.moved(payloads(self.open("state/dead", **options)))
+                ledgers[""].moved(payloads(self.open("state/dead", **options)))
                 self.drop()
         except (mq.StorageError, mq.LogFailed, OSError) as error:
             return [f"does not start: {error}"]
-        return faults + ledger.faults()
+        return faults + [fault for ledger in ledgers.values() for fault in ledger.faults()]
+
+    def ledger_of(self, subscriber, marks):
+        """Return what one subscriber is owed; what the others took does not concern it."""
+        ledger = Ledger()
+        for method, *arguments in marks:
+            others = set(self.subscribers) - {subscriber}
+            if method not in ("delivered", "settled", "returned") or arguments[0] not in others:
+                getattr(ledger, method)(*arguments)
+        ledger.fault(power_cut=True)
+        return ledger
 
     @staticmethod
-    def drain_into(ledger, consumer, queue):
+    def drain_into(ledger, consumer, queue, subscriber):
         faults, last = [], 0
-        for delivery in iter(queue.take, None):
+        for delivery in iter(lambda: queue.take(subscriber), None):
             message = delivery.messages[0]
             ledger.delivered(consumer, message.payload, message.id, message.delivery)
             queue.settle(delivery)
@@ -1824,6 +1941,43 @@ class CrashStateTest(Folder):
         user.move_dead(target)
         target.compact()
         user.take()
+
+    def broadcast(self, storage):
+        """Two subscribers; each has a ledger of its own."""
+        self.subscribers = ("a", "b")
+        user = self.user(storage, subscribers=self.subscribers)
+        user.put(count=4)
+        for subscriber in "abbb":
+            user.take(subscriber=subscriber)
+        user.bookmark()
+        user.take(settle=False, subscriber="b")
+        user.compact()
+        user.put()
+        user.take(subscriber="a")
+        user.put(600)
+        user.take(subscriber="b")
+
+    def switched(self, storage):
+        """A fifo queue, partly taken, becomes a broadcast queue: each gets what was waiting."""
+        first = Recorder()
+        user = self.user(first)
+        user.put(count=5)
+        held = user.queue.take()
+        user.take()
+        user.queue.retry(held)
+        user.take(settle=False)
+        user.bookmark()
+        self.drop()
+        for call in first.calls:
+            if call[0] == "ledger":
+                storage.note(*call)
+        storage.tell("fault", True)
+        storage.adopt(self.folder())
+        self.subscribers = ("a", "b")
+        user = self.user(storage, subscribers=self.subscribers)
+        user.name = "again"
+        user.take(subscriber="b")
+        user.put()
 
     def short_of_space(self, storage):
         """A batch that the disk takes only a part of, then what fits, over its remains."""
@@ -1904,6 +2058,7 @@ class CrashStateTest(Folder):
     def test_no_power_cut_loses_repeats_or_makes_up_a_message(self):
         for scenario, share in ((self.used, 0.4), (self.short_of_space, 0.5),
                                 (self.leased, 0.4), (self.dead_lettered, 0.4),
+                                (self.broadcast, 0.4), (self.switched, 1),
                                 (self.together, 0.4), (self.recovered, 1), (self.taken_over, 1)):
             with self.subTest(scenario=scenario.__name__):
                 self.tried = 0
@@ -2038,7 +2193,8 @@ class ServerTest(Folder):
         response = connection.getresponse()
         data = response.read()
         connection.close()
-        self.assertEqual(response.status, expect, (method, path, data))
+        if expect is not None:
+            self.assertEqual(response.status, expect, (method, path, data))
         return response.headers, data
 
 
@@ -2480,7 +2636,7 @@ class ConsumptionTest(ServerTest):
         self.assertEqual(self.call("GET", "/out/fetcher")[1], b"good")
         dead = self.broker.queues["dead"]
         self.eventually(lambda: dead.in_total == 1)
-        self.eventually(lambda: self.queue.dead_lettered_total == 1)
+        self.eventually(lambda: self.queue.numbers()["messages_dead_lettered_total"] == 1)
         headers, body = self.call("GET", "/out/dead")
         self.assertEqual((body, headers["Delivery-Count"]), (b"bad", "1"))
         self.eventually(lambda: self.queue.out_total == 1)
@@ -2558,6 +2714,117 @@ class ConsumptionTest(ServerTest):
         self.call("GET", "/stats/none", expect=404)
         self.call("GET", "/stats?x=1", expect=400)
         self.assertEqual(self.call("HEAD", "/stats")[1], b"")
+
+
+class BroadcastTest(ServerTest):
+    """One put, every subscriber, over HTTP."""
+
+    ALICE, BOB = "alice-" + "0" * 20, "bob-" + "0" * 20
+    extra = {}
+
+    def configure(self, value):
+        value["queues"] = [{"name": "fetcher", "kind": "broadcast", **self.extra},
+                           {"name": "manager-reload"}, {"name": "dead"}]
+        value["tokens"] = [
+            {"name": "sender", "token": POST, "post": ["fetcher"]},
+            {"name": "alice", "token": self.ALICE, "get": ["fetcher"]},
+            {"name": "bob", "token": self.BOB, "get": ["fetcher"]},
+            {"name": "admin", "token": ADMIN, "get": ["fetcher"], "admin": True}]
+
+    def out(self, token, query="", expect=200):
+        return self.call("GET", f"/out/fetcher{query}", token=token, expect=expect)
+
+    def test_every_subscriber_gets_every_message_at_its_own_pace(self):
+        for message in (b"1", b"2"):
+            self.call("POST", "/in/fetcher", message, token=POST)
+        self.assertEqual([self.out(self.ALICE)[1] for _ in range(2)], [b"1", b"2"])
+        self.out(self.ALICE, expect=404)
+        self.assertEqual(counts(self.queue, "bob"), (2, 0, 0))
+        self.assertEqual(self.out(self.BOB, "?max=9")[1], b"1\n2\n")
+        self.eventually(lambda: self.queue.out_total == 4)
+        self.assertEqual(self.queue.state.held(), (0, 0))
+
+    def test_leases_and_delivery_counts_are_each_subscribers_own(self):
+        self.call("POST", "/in/fetcher", b"1", token=POST)
+        alice = self.out(self.ALICE, "?lease=60")[0]["Lease-Id"]
+        bob = self.out(self.BOB, "?lease=60")[0]["Lease-Id"]
+        self.call("POST", f"/ack/fetcher?lease={alice}", token=self.BOB, expect=410)
+        self.call("POST", f"/nack/fetcher?lease={bob}", token=self.BOB)
+        self.assertEqual(self.out(self.BOB, "?lease=60")[0]["Delivery-Count"], "2")
+        self.call("POST", f"/ack/fetcher?lease={alice}", token=self.ALICE)
+        self.assertEqual((counts(self.queue, "alice"), counts(self.queue, "bob")),
+                         ((0, 0, 0), (0, 1, 0)))
+
+    def test_all_who_wait_are_woken_by_one_put(self):
+        wires = [self.wire().send(request("GET", "/out/fetcher?wait=30", token=token))
+                 for token in (self.ALICE, self.BOB)]
+        self.eventually(lambda: len(self.queue._awaited) == 2)
+        self.call("POST", "/in/fetcher", b"1", token=POST)
+        self.assertEqual([wire.answer()[2] for wire in wires], [b"1", b"1"])
+
+    def test_an_admin_is_no_subscriber_but_may_look_and_purge(self):
+        self.call("POST", "/in/fetcher", b"1", token=POST)
+        self.out(self.ALICE)
+        for method, path in (("GET", "/out/fetcher"), ("POST", "/ack/fetcher?lease=" + "0" * 24),
+                             ("GET", "/out/fetcher?bad=1"), ("DELETE", "/out/fetcher")):
+            body = self.call(method, path, token=ADMIN, expect=403)[1]
+            self.assertIn(b"no subscriber", body)
+        self.assertEqual(self.call("GET", "/peek/fetcher")[1], b"1")
+        self.call("GET", "/peek/fetcher", token=self.ALICE, expect=404)
+        numbers = json.loads(self.call("GET", "/stats/fetcher")[1])
+        self.assertEqual((numbers["kind"], numbers["ready"]), ("broadcast", 1))
+        self.assertEqual({name: item["ready"] for name, item in numbers["subscribers"].items()},
+                         {"alice": 0, "bob": 1})
+        self.call("GET", "/compact/fetcher")
+        self.assertEqual(self.call("POST", "/purge/fetcher")[1], b"1\n")
+        self.out(self.BOB, expect=404)
+
+    def test_metrics_tell_of_each_subscriber(self):
+        self.call("POST", "/in/fetcher", b"1", token=POST)
+        text = self.call("GET", "/metrics", token=None)[1].decode()
+        for name in ("alice", "bob"):
+            self.assertIn(f'messages{{queue_name="fetcher",subscriber="{name}",state="ready"}} 1\n',
+                          text)
+            self.assertIn(f'age_seconds{{queue_name="fetcher",subscriber="{name}"}}', text)
+
+    def test_a_laggard_pins_only_what_it_has_not_seen(self):
+        for _ in range(100):
+            self.call("POST", "/in/fetcher", b"x" * 1000, token=POST)
+        while self.out(self.ALICE, "?max=1000", expect=None)[0].get("Message-Id"):
+            pass
+        self.out(self.BOB, "?max=50")
+        self.eventually(lambda: self.queue.out_total == 150)
+        self.call("GET", "/compact/fetcher")
+        self.assertLess(self.queue.log.tail, 60_000)
+        self.assertEqual(counts(self.queue, "bob"), (50, 0, 0))
+
+
+class BroadcastLimitTest(BroadcastTest):
+    """The same with limits, which count what is held for anyone, and with dead letters."""
+
+    extra = {"max_messages": 100, "max_deliveries": 2, "dead_letter": "dead"}
+
+    def test_limits_count_what_anyone_holds(self):
+        self.call("POST", "/in/fetcher", b"\n".join([b"x"] * 100), token=POST,
+                  headers=[("Content-Type", "application/x-ndjson")])
+        self.out(self.ALICE, "?max=100")
+        self.call("POST", "/in/fetcher", b"y", token=POST, expect=429)
+        self.out(self.BOB)
+        self.eventually(lambda: self.queue.out_total == 101)
+        self.call("POST", "/in/fetcher", b"y", token=POST)
+
+    def test_dead_letters_are_each_subscribers_own(self):
+        self.call("POST", "/in/fetcher", b"1", token=POST)
+        for _ in range(2):
+            lease = self.out(self.BOB, "?lease=9")[0]["Lease-Id"]
+            self.call("POST", f"/nack/fetcher?lease={lease}", token=self.BOB)
+        self.out(self.BOB, expect=404)
+        self.eventually(lambda: counts(self.broker.queues["dead"]) == (1, 0, 0))
+        self.assertEqual(self.out(self.ALICE)[1], b"1")
+        self.eventually(lambda: self.queue.numbers()["messages_dead_lettered_total"] == 1)
+        numbers = json.loads(self.call("GET", "/stats/fetcher")[1])["subscribers"]
+        self.assertEqual({name: item["messages_dead_lettered_total"]
+                          for name, item in numbers.items()}, {"alice": 0, "bob": 1})
 
 
 class FramingTest(ServerTest):
@@ -2751,6 +3018,8 @@ class DurableServerTest(ServerTest):
         wire.socket.setblocking(False)
         with self.assertRaises(BlockingIOError):
             wire.socket.recv(1)
+        for handler in list(self.server.handlers.values()):
+            handler.close()                  # a server would have ended
 
 
 # ---- main ---------------------------------------------------------------------------------
@@ -3075,7 +3344,7 @@ class DocumentTest(unittest.TestCase):
                 if ready.getresponse().status == 200:
                     break
             time.sleep(0.05)
-        lines = [line for line in re.findall(r"^curl .*", self.readme, re.MULTILINE)
+        lines = [line for line in re.findall(r"^(?:curl|printf) .*", self.readme, re.MULTILINE)
                  if "127.0.0.1:10000" in line]
         self.assertGreaterEqual(len(lines), 3)
         found = [subprocess.run(line, shell=True, capture_output=True, timeout=20)
@@ -3083,6 +3352,7 @@ class DocumentTest(unittest.TestCase):
         self.assertTrue(all(b"HTTP/1.1 200" in done.stderr for done in found[:3]))
         self.assertEqual(found[1].stdout, b'{"context": "test"}')
         self.assertIn(b'messages_out_total{queue_name="fetcher"} 1', found[2].stdout)
+        self.assertEqual(found[4].stdout, b'{"n": 1}\n{"n": 2}\n')
         for name in ("fetcher/data.log", "fetcher/meta.json", "manager-reload"):
             self.assertTrue(os.path.exists(os.path.join(folder, name)), name)
 

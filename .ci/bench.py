@@ -204,13 +204,20 @@ class Bench:
         os.mkdir(path)
         return path
 
-    def start(self, fsync: str = "no", path: str = "") -> Child:
-        """Start a server on a data folder and wait until it is ready."""
+    def start(self, fsync: str = "no", path: str = "", subscribers: int = 0) -> Child:
+        """Start a server on a data folder and wait until it is ready; with subscribers, its
+        queue is a broadcast queue."""
         path, port = path or self.new_folder(), free_port()
         settings = dict(CONFIG["settings"], path=path, listen_port=port, fsync=fsync)
+        value = dict(CONFIG, settings=settings)
+        if subscribers:
+            value["queues"] = [{"name": QUEUE, "kind": "broadcast"}]
+            value["tokens"] = [{"name": "sender", "token": TOKENS["server01"], "post": [QUEUE]}]
+            value["tokens"] += [{"name": f"s{number}", "token": f"{number:030}", "get": [QUEUE]}
+                                for number in range(subscribers)]
         config = path + ".json"
         with open(config, "w", encoding="utf-8") as file:
-            json.dump(dict(CONFIG, settings=settings), file)
+            json.dump(value, file)
         child = Child([SERVER, "-c", config], port, path + ".log")
         child.wait_ready("/readyz")
         return child
@@ -443,6 +450,21 @@ def batch_rows(bench: Bench) -> List[Row]:
     return list(rows.values())
 
 
+def broadcast_rows(bench: Bench) -> List[Row]:
+    """A put has one copy and one record, however many subscribers there are."""
+    rows = {count: Row(f"put, fsync no, 8 connections, {count} subscribers, against 1", 0.9, [])
+            for count in (10, 50)}
+    children = {count: bench.start(subscribers=count) for count in (1, *rows)}
+    for number in range(bench.rounds):
+        for count, row in rows.items():
+            row.values.append(ratio(*bench.alternated(
+                number, lambda: bench.load(children[count], "put", 8),  # noqa: B023
+                lambda: bench.load(children[1], "put", 8))))
+    for child in children.values():
+        child.stop()
+    return list(rows.values())
+
+
 def lease_rows(bench: Bench) -> List[Row]:
     """Lease and ack as a pair against a plain take."""
     row = Row("lease + ack as a pair, fsync always, 8 connections, against a plain take", 0.4, [])
@@ -568,7 +590,8 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
 # What --row knows. The long one is last.
 ROWS: Dict[str, Callable[[Bench], List[Row]]] = {
     "stock": stock_rows, "sync": sync_rows, "group": group_rows, "waiting": waiting_rows,
-    "start": start_rows, "batch": batch_rows, "lease": lease_rows, "consumers": consumer_rows,
+    "start": start_rows, "batch": batch_rows, "lease": lease_rows,
+    "broadcast": broadcast_rows, "consumers": consumer_rows,
     "idle": idle_rows, "compact": compact_rows}
 
 

@@ -182,6 +182,9 @@ class Rounds:
         """Take a message; return whether there was one."""
         answer = wire.call("GET", f"/out/{QUEUE}", GET)
         self.ledger.settled(consumer)        # what this connection was given before
+        return self._note_taken(consumer, answer)
+
+    def _note_taken(self, consumer: str, answer: Answer) -> bool:
         if answer.status == 200:
             name = NAME.match(answer.body)
             good = name is not None and message(int(name[1])) == answer.body
@@ -191,6 +194,22 @@ class Rounds:
         elif answer.status != 404:
             self._expect_stopping(answer)
         return answer.status == 200
+
+    def work(self, wire: Wire, consumer: str, pace_s: float) -> None:
+        """Wait for messages, hold each on a lease, ack most and give some back."""
+        for number in itertools.count():
+            answer = wire.call("GET", f"/out/{QUEUE}?wait=5&lease=600", GET)
+            if not self._note_taken(consumer, answer):
+                continue
+            time.sleep(pace_s)
+            action, done = (("ack", self.ledger.settled) if number % 8 else
+                            ("nack", self.ledger.returned))
+            lease = answer.fields[b"Lease-Id"].decode()
+            answer = wire.call("POST", f"/{action}/{QUEUE}?lease={lease}", GET)
+            if answer.status != 200:         # the message is back after the start
+                done = self.ledger.returned
+                self._expect_stopping(answer)
+            done(consumer)
 
     def compact(self, wire: Wire) -> None:
         while True:
@@ -230,8 +249,10 @@ class Rounds:
         pace_s = self._random.choice(PACES_S)
         threads = [self.client(child.port, self.produce) for _ in range(CLIENTS)]
         for name in range(CLIENTS):
+            consume = self.work if name % 2 else self.consume
             threads.append(self.client(
-                child.port, lambda wire, name=name: self.consume(wire, f"c{name}", pace_s)))
+                child.port, lambda wire, name=name, consume=consume: consume(
+                    wire, f"c{name}", pace_s)))
         threads.append(self.client(child.port, self.compact))
         time.sleep(self._random.uniform(*SERVING_S))
         (self.kill if self._random.randrange(STOP_EVERY) else self.stop)(child)
