@@ -208,15 +208,16 @@ def _later(check: Check, default: Any) -> Check:
 
 
 _queue_name = _text(QUEUE_NAME.pattern, "1 to 50 letters, digits or hyphens")
-_path = _text(r"(?s).+", "a path")
+_path = _text(r"(?s)[^~].*", "a path; ~ is not expanded")
+_address = _text(r"[0-9A-Za-z._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Za-z.:%_-]*",
+                 "a host name or address, without a port")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What holds for the whole server; times in seconds, sizes in bytes."""
 
-    listen_address: str = _field(_text(r"[0-9A-Za-z.:_%-]+", "a host name or address"),
-                                 "127.0.0.1")
+    listen_address: str = _field(_address, "127.0.0.1")
     listen_port: int = _field(_whole(0, 65535), 10000)
     path: str = _field(_path, "/tmp/micro_queue")
     metric_exporter: bool = _field(_flag, False)
@@ -253,7 +254,7 @@ class Token:
 
     name: str = _field(_text(".{1,100}", "1 to 100 printable characters"))
     token: Optional[str] = _field(
-        _text("[!-~]{20,500}", "20 to 500 visible ASCII characters, e.g. from `uuidgen`"), None)
+        _text("[!-~]{20,500}", "20 to 500 visible ASCII characters, e.g. a UUID"), None)
     token_sha256: Optional[str] = _field(_text("[0-9a-fA-F]{64}", "64 hex digits"), None)
     post: Sequence[str] = _field(_names, ())
     get: Sequence[str] = _field(_names, ())
@@ -310,9 +311,10 @@ def load_config(path: str) -> Config:
     try:
         value = json.loads(text, object_pairs_hook=_Object.of_pairs)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is not JSON ({error}); a YAML config of the Go server is converted with: "
-            "yq -o json . config.yml > config.json") from None
+        advice = "" if text.lstrip().startswith(b"{") else (
+            "; YAML is converted with `yq . FILE > config.json` (Debian's yq) or "
+            "`yq -o json . FILE > config.json` (mikefarah's)")
+        raise ConfigError(f"{path} is not JSON ({error}){advice}") from None
     return parse_config(value)
 
 
@@ -2067,7 +2069,8 @@ class Queue:
         self._tick_locked(subscriber, self.now_ms())
         lease = self._consumers[subscriber].leases.pop(key, None)
         if lease is None:
-            raise ApiError(410, "No such lease in this queue: it expired, or is settled already")
+            raise ApiError(410, "No such lease: it expired, is settled, is another queue's or "
+                                "token's, or from before a restart; take the message again")
         return lease
 
     def _settle_locked(self, subscriber: str, ids: Iterable[int]) -> None:
@@ -2741,7 +2744,7 @@ HOST = re.compile(rb"[!-+\--.0-~]*")                     # no comma, slash or bl
 BEARER = re.compile(rb"(?i:bearer) +([!-~]+)")
 PATH = re.compile(r"/(?:([a-z]+)(?:/([-a-zA-Z0-9]{1,50}))?/?)?")
 ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?]*")
-PARAMETER = re.compile(r"([a-z]+)=([-_A-Za-z0-9]+)")
+PARAMETER = re.compile(r"([a-z]+)=([^=]+)")
 NUMBER = re.compile(r"[0-9]{1,8}")
 LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
 NDJSON = b"application/x-ndjson"
@@ -3216,7 +3219,8 @@ def _actions() -> str:
 
 
 def no_such_path() -> ApiError:
-    return ApiError(404, f"No such path; use /<action>/<queue> with an action of: {_actions()}")
+    return ApiError(404, f"No such path; use /<action>/<queue> with an action of {_actions()}; a "
+                         "queue's name is 1 to 50 letters, digits or hyphens")
 
 
 def too_large(server: Server) -> ApiError:
@@ -3243,8 +3247,7 @@ def authorize(server: Server, request: Request, action: Optional[Action],
     if not token.may(action.permission, request.queue):
         log_request(logging.WARNING, "forbidden", request, client, token=token.name,
                     action=request.action, queue=request.queue)
-        raise ApiError(403, f"This token lacks the permission '{action.permission}' here; "
-                            "the config's tokens grant it")
+        raise forbidden(action.permission, request.queue)
     queue = server.broker.queues.get(request.queue)
     if queue is None:
         raise ApiError(404, f"No queue is named {request.queue}; queues stand in the config")
@@ -3254,6 +3257,13 @@ def authorize(server: Server, request: Request, action: Optional[Action],
         raise ApiError(403, "An admin token is no subscriber of a broadcast queue; use a token "
                             "without admin that has the queue in its get")
     return token, queue, subscriber
+
+
+def forbidden(permission: str, queue: str) -> ApiError:
+    if permission == "admin":
+        return ApiError(403, "Only an admin token may do this")
+    key = {"peek": "get", "any": "get or post"}.get(permission, permission)
+    return ApiError(403, f"This token has no {queue} in its {key}: add it in the config, restart")
 
 
 def log_request(level: int, name: str, request: Request, client: Tuple[Any, ...],
@@ -3279,7 +3289,8 @@ def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
         found[match[1]] = value
     for name, parameter in action.parameters.items():
         if parameter.required and name not in found:
-            raise ApiError(400, f"Parameter {name} is missing: add ?{name}=, {parameter.text}")
+            raise ApiError(400, f"Parameter {name} is missing in the URL's query; it is "
+                                f"{parameter.text}")
     return found
 
 
@@ -3659,9 +3670,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((settings.listen_address, settings.listen_port), Handler)
         except (OSError, OverflowError, UnicodeError) as error:
-            raise ConfigError(f"settings.listen_address: cannot listen on "
-                              f"{settings.listen_address} port {settings.listen_port}: "
-                              f"{error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"settings.listen_port: cannot listen on {settings.listen_address} "
+                              f"port {settings.listen_port}: {reason}") from None
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # is inherited
         self._epoll = select.epoll()
@@ -3953,7 +3964,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ConfigError as error:
         print(f"micro_queue: {error}", file=sys.stderr)
         return 1
-    except (StorageError, CompactionFailed, ApiError, OSError) as error:
+    except OSError as error:
+        advice = (f"settings.path: cannot use {error.filename}: {error.strerror}; it must be a "
+                  f"folder that user {os.geteuid()} may write" if error.filename else str(error))
+        print(f"micro_queue: {advice}", file=sys.stderr)
+        return 3
+    except (StorageError, CompactionFailed, ApiError) as error:
         print(f"micro_queue: {error}", file=sys.stderr)
         return 3
     except LogFailed as error:
@@ -3961,7 +3977,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 4
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(config: Config) -> int:
@@ -3971,7 +3987,7 @@ def run(config: Config) -> int:
                         format="%(asctime)s %(levelname)s %(message)s")
     threading.stack_size(THREAD_STACK_BYTES)
     # Before the first thread starts: one that got the signal would not wake this one.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     broker = Broker(config, Server.storage_failed)
     broker.lock()
     warn_about(config.settings.path)
@@ -3985,7 +4001,8 @@ def run(config: Config) -> int:
     host, port = server.server_address[:2]
     event(logging.INFO, "serving", address=host, port=port, path=config.settings.path,
           version=__version__)
-    signal.sigwait(STOP_SIGNALS)
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
+        event(logging.WARNING, "no_reload", advice="restart to use a changed config")
     event(logging.INFO, "draining")
     server.drain()
     event(logging.INFO, "stopped")
