@@ -110,6 +110,7 @@ DRAIN_S = 5                      # how long a stop waits for requests under way
 MAX_LINES = 10_000               # messages of one NDJSON body: bounds the hold of the lock
 RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
 REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
+LOOK_S = 2                       # how often a thread that waits looks whether its client is there
 POLL_S = 1                       # how often idle connections are looked through
 POLL_EVENTS = 64                 # ready connections of one poll
 PAUSE_S = 0.01                   # between looks at something that another thread is about to end
@@ -2743,7 +2744,7 @@ CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 HOST = re.compile(rb"[!-+\--.0-~]*")                     # no comma, slash or blank
 BEARER = re.compile(rb"(?i:bearer) +([!-~]+)")
 PATH = re.compile(r"/(?:([a-z]+)(?:/([-a-zA-Z0-9]{1,50}))?/?)?")
-ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?]*")
+ABSOLUTE_FORM = re.compile(r"\A(?i:https?)://[^/?]*")
 PARAMETER = re.compile(r"([a-z]+)=([^=]+)")
 NUMBER = re.compile(r"[0-9]{1,8}")
 LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
@@ -2822,7 +2823,7 @@ def parse_request(head: bytes) -> Request:
         method, *route, query, hashlib.sha256(bearer[1]).digest() if bearer else None,
         b"authorization" in fields, length, chunked, parse_expect(fields, old),
         parse_keep_alive(fields, old), old,
-        fields.get(b"content-encoding", b"").decode("latin-1"),
+        fields.get(b"content-encoding", b"").decode("latin-1").lower(),
         fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
         fields.get(b"x-forwarded-for", b"")[:200].decode("latin-1"))
 
@@ -3023,6 +3024,8 @@ def take(call: Call) -> Answer:
 
     def start(finish: Callable[[Answer], None]) -> None:
         answers.append(finish)
+        if call.is_gone():
+            raise ConnectionResetError("closed before its answer")
         delivery = queue.take(subscriber, wish, waiter)
         if delivery:
             answer(delivery)
@@ -3115,7 +3118,7 @@ def stats_of(numbers: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def unready(server: Server) -> ApiError:
-    return ApiError(503, f"Not ready: {server.unready}")
+    return ApiError(503, f"Not ready: {server.unready}; try again")
 
 
 def show_root(call: Call) -> Answer:
@@ -3373,9 +3376,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_gone(self) -> bool:
         """Tell at once whether the client hung up, or will send no more."""
+        fd = self.connection.fileno()
+        if fd < 0:
+            return True
         poll = select.poll()
-        poll.register(self.connection, select.POLLRDHUP)
+        poll.register(fd, select.POLLRDHUP)
         return bool(poll.poll(0))
+
+    def has_more(self) -> bool:
+        """Tell at once whether the client sent what was not received yet."""
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
 
     def before_blocking(self) -> None:
         """Let another thread serve the other connections while this one waits."""
@@ -3406,6 +3419,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.parked, self.stop_waiting = True, pending.stop
         self._start(pending, lambda final: self._reply(
             request, final, close, started).send_parked())
+        self.server.watch(self)
         return False
 
     def _start(self, pending: Pending, finish: Callable[[Answer], None]) -> None:
@@ -3418,10 +3432,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.storage_failed(failure)
 
     def _wait_for(self, pending: Pending) -> Answer:
+        """Wait for a pending answer. Raises OSError if the client hung up meanwhile."""
         final: queues.SimpleQueue[Answer] = queues.SimpleQueue()
         self.before_blocking()
         self._start(pending, final.put)
-        return final.get()
+        while True:
+            with contextlib.suppress(queues.Empty):
+                return final.get(timeout=LOOK_S)
+            if self.is_gone() and pending.stop():
+                raise ConnectionResetError("closed while it waited")
 
     def _reply(self, request: Optional[Request], answer: Answer, close: bool,
                started: float) -> Reply:
@@ -3577,13 +3596,18 @@ class Reply(NamedTuple):
         server.count(self.request.action if self.request else None, self.answer.status)
         if server.debug:
             self._log()
-        if self.linger:
+        if self.linger or not (self.keep_alive or self._may_close()):
             handler._linger()
         elif not self.keep_alive:
             handler.close()
         elif self.skip:
             handler._read_exactly(self.skip)
         return self.keep_alive
+
+    def _may_close(self) -> bool:
+        """Tell whether nothing unread is left, for which a close would reset the connection and
+        take the answer with it."""
+        return not (self.skip or self.handler.has_more())
 
     def send_parked(self) -> None:
         """Send from a thread that has more to do: raises nothing, and waits for no client."""
@@ -3592,16 +3616,16 @@ class Reply(NamedTuple):
         except OSError:                      # as it will again
             self._finish(0)
             return
-        if start == len(self.data) or not self._go_on_aside(start):
+        if start == len(self.data):
             self._finish(start)
-
-    def _go_on_aside(self, start: int) -> bool:
+            return
         try:
             threading.Thread(target=self._finish, args=(start,), daemon=True).start()
-        except RuntimeError as error:        # without one, this thread has to wait
+        except RuntimeError as error:        # others cannot wait for this client
             event(logging.ERROR, "cannot_start_thread", error=error)
-            return False
-        return True
+            if self.answer.delivery:
+                self.handler.server.settle(*self.answer.delivery, sent=False)
+            self.handler.close()
 
     def _finish(self, start: int) -> None:
         try:
@@ -3793,7 +3817,9 @@ class Server(http.server.ThreadingHTTPServer):
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     event(logging.ERROR, "cannot_accept", error=error.strerror)
-                    self._epoll.modify(self.socket, 0)   # a pause, not a spin: see _sweep
+                    with self._pool:
+                        if self.unready != DRAINING:     # a pause, not a spin: see _sweep
+                            self._epoll.modify(self.socket, 0)
                 return
             self._add(Handler(connection, address, self))
 
@@ -3823,6 +3849,13 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:                    # not for anything that a client or a disk can do
             log_event.exception("connection_failed client=%s", handler.client_address[0])
             handler.close()
+
+    def watch(self, handler: Handler) -> None:
+        """Have a parked connection looked at again, if its thread stepped down with it."""
+        with self._pool:
+            if handler.parked and not handler.polled:
+                handler.polled = True
+                self._epoll.register(handler.connection, select.EPOLLIN)
 
     def _look_at_parked(self, handler: Handler) -> bool:
         """What comes while an answer is awaited is served afterwards; a client that hung up
@@ -3862,6 +3895,7 @@ class Server(http.server.ThreadingHTTPServer):
     def forget(self, handler: Handler) -> None:
         """Before a connection's descriptor is closed, and may become another's."""
         with self._pool:
+            handler.parked = False
             self.handlers.pop(handler.connection.fileno(), None)
             self._refused.discard(handler)
 
@@ -3879,8 +3913,9 @@ class Server(http.server.ThreadingHTTPServer):
             late = [h for h in self.handlers.values() if not h.busy and h.deadline < now]
         for handler in late:
             handler.close()
-        if self.unready != DRAINING:
-            self._epoll.modify(self.socket, select.EPOLLIN)
+        with self._pool:
+            if self.unready != DRAINING:
+                self._epoll.modify(self.socket, select.EPOLLIN)
 
     # -- numbers
 
@@ -3910,8 +3945,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Stop accepting, let requests under way end (DRAIN_S at most), close every queue."""
-        self.unready = DRAINING
-        self._epoll.modify(self.socket, 0)
+        with self._pool:
+            self.unready = DRAINING
+            self._epoll.unregister(self.socket)
+        self.socket.close()                  # new clients are refused at once, not left to wait
         deadline = time.monotonic() + DRAIN_S
         while any(handler.busy for handler in list(self.handlers.values())):
             for queue in self.broker.queues.values():

@@ -2241,6 +2241,8 @@ class ApiTest(ServerTest):
             ("GET", "/out", GET, 404), ("GET", "/out//fetcher", GET, 404),
             ("GET", "/out/../fetcher", GET, 404), ("GET", "/out/%66etcher", GET, 404),
             ("GET", "/metrics/x", ADMIN, 404), ("POST", "/", None, 405),
+            ("GET", "/out/fetcherhttp://x", GET, 404), ("GET", "http://x/readyz", None, 200),
+            ("GET", "HTTP://x/out/fetcher?max=1", GET, 404),
             ("GET", "/", None, 200), ("GET", "/healthz?x=1", None, 200),
             ("GET", "/readyz", None, 200), ("GET", "/metrics", None, 200),
         ]
@@ -2253,7 +2255,7 @@ class ApiTest(ServerTest):
                     self.assertEqual(headers["WWW-Authenticate"], "Bearer")
                 if status == 405:
                     self.assertIn("OPTIONS", headers["Allow"])
-                if status == 404 and path != "/out/fetcher?" and path != "/out/fetcher/":
+                if status == 404 and not re.search(r"/out/fetcher([/?]|$)", path):
                     self.assertNotIn("Message-Count", headers)
 
     def test_malformed_authorization_is_401(self):
@@ -2527,6 +2529,18 @@ class ConsumptionTest(ServerTest):
         self.assertEqual(wires[2].answer()[2], b"a")
         self.assertEqual(self.queue.redelivered_total, 0)
 
+    def test_a_hang_up_is_noticed_however_the_request_came(self):
+        text = request("GET", "/out/fetcher?wait=300")
+        for parts in ((text[:20], text[20:]), (text + request("GET", "/healthz"), b"")):
+            wire = self.wire()
+            for part in parts:
+                wire.send(part)
+                time.sleep(0.02)
+            self.eventually(lambda: self.count_waiters() == 1)
+            wire.close()
+            self.eventually(lambda: self.count_waiters() == 0)
+            self.eventually(lambda: not self.server.handlers)
+
     def test_what_a_waiting_client_sends_is_answered_afterwards(self):
         wire = self.waiting()
         wire.send(request("GET", "/healthz"))
@@ -2535,6 +2549,19 @@ class ConsumptionTest(ServerTest):
         self.put(b"a", b"b")
         self.assertEqual([wire.answer()[2] for _ in range(3)],
                          [b"a", b"micro_queue is running\n", b"b"])
+
+    def test_unread_bytes_do_not_reset_an_answer_that_closes(self):
+        wire = self.waiting(headers=["Connection: close"])
+        wire.send(b"\r\n")                   # never read: a close would reset the connection
+        time.sleep(0.05)
+        self.queue.put([b"x" * 8_000_000])
+        self.assertEqual(len(wire.answer()[2]), 8_000_000)
+
+    def test_a_refused_body_that_comes_late_gets_its_answer(self):
+        wire = self.wire().send(request("POST", "/in/fetcher", token=None, headers=[
+            "Connection: close", "Content-Length: 50000"]))
+        time.sleep(0.05)
+        self.assertEqual(wire.send(b"x" * 50_000).answer()[0], 401)
 
     def test_requests_behind_a_long_poll_in_one_packet_wait_for_it(self):
         wire = self.wire().send(request("GET", "/out/fetcher?wait=30") + request("GET", "/healthz"))

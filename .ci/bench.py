@@ -41,7 +41,7 @@ MANY, FEW = 1_000_000, 1_000
 BATCH = 1000                                 # messages of a batch
 WAITERS, WAKES = 1000, 500                   # long polls, and puts that wake one each
 PATHS = {"put": f"/in/{QUEUE}", "take": f"/out/{QUEUE}", "mix": "/", "lease": "/",
-         "batch-put": f"/in/{QUEUE}", "batch-take": f"/out/{QUEUE}?max={BATCH}"}
+         "batch-put": f"/in/{QUEUE}", "batch-take": f"/out/{QUEUE}?max={BATCH}", "batch-mix": "/"}
 MIB = 1 << 20
 START_TIMEOUT_S = 120
 
@@ -261,7 +261,7 @@ def lua(name: str, close: bool) -> str:
     """Return wrk's script: static requests, puts and takes in turn, or leases and acks."""
     def headers(token: str) -> str:
         extra = ', ["Connection"] = "close"' if close else ""
-        extra += ', ["Content-Type"] = "application/x-ndjson"' if name == "batch-put" else ""
+        extra += ', ["Content-Type"] = "application/x-ndjson"' if "batch-" in name else ""
         return f'{{["Authorization"] = "{token}"{extra}}}'
     body = MESSAGE.decode()
     done = ('done = function(summary, latency)\n  io.write(string.format("RESULT %d %d %d %d %d\\n"'
@@ -280,9 +280,12 @@ def lua(name: str, close: bool) -> str:
                 f'  table.insert(leases, headers["Lease-Id"])\nend\n') + done
     if name in ("take", "batch-take"):
         return f'wrk.headers = {headers(GET)}\n' + done
+    batch = name == "batch-mix"
+    what = f'string.rep("{body}\\n", {BATCH})' if batch else f'"{body}"'
+    query = f"?max={BATCH}" if batch else ""
     return (f'local count, put, take = 0\ninit = function()\n'
-            f'  put = wrk.format("POST", "/in/{QUEUE}", {headers(POST)}, "{body}")\n'
-            f'  take = wrk.format("GET", "/out/{QUEUE}", {headers(GET)})\nend\n'
+            f'  put = wrk.format("POST", "/in/{QUEUE}", {headers(POST)}, {what})\n'
+            f'  take = wrk.format("GET", "/out/{QUEUE}{query}", {headers(GET)})\nend\n'
             f'request = function()\n  count = count + 1\n'
             f'  return count % 2 == 1 and put or take\nend\n') + done
 
@@ -435,14 +438,16 @@ def start_rows(bench: Bench) -> List[Row]:
 def batch_rows(bench: Bench) -> List[Row]:
     """Messages a second in batches, against one at a time; each round on a new folder."""
     rows = {name: Row(f"{name}, fsync always, 8 connections, batches of {BATCH}, messages a second "
-                      "against single ones", 30, [], "{:.0f}x") for name in ("put", "take")}
+                      "against single ones", 30, [], "{:.0f}x")
+            for name in ("put", "take", "put and take in turn")}
     for _ in range(bench.rounds):
         child = bench.start("always")
         for name, row in rows.items():
             if name == "take":
                 bench.fill(child, 500_000 * bench.seconds, "batch-put")
-            one = bench.load(child, name, 8)
-            many = bench.load(child, "batch-" + name, 8)
+            kind = name if name in PATHS else "mix"
+            one = bench.load(child, kind, 8)
+            many = bench.load(child, "batch-" + kind, 8)
             print(f"  {name}: {many.rate * BATCH:.0f} messages a second in batches, "
                   f"{one.rate:.0f} alone", file=sys.stderr)
             row.values.append(None if one.bad or many.bad else many.rate * BATCH / one.rate)
