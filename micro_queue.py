@@ -472,12 +472,21 @@ class Codec:
         return cls(log_id, marker, next_id) if (
             good and magic == MAGIC and version == FORMAT_VERSION) else None
 
-    def encode(self, record: Record, offset: int) -> bytes:
-        """Return the bytes of `record` as they stand at `offset`, and only there."""
-        type_, id_, time_ms, payload, count, delay_ms = record
-        head = UNSEALED.pack(self.marker, type_, count, id_, time_ms, delay_ms, len(payload))
-        seed = zlib.crc32(U64.pack(offset), self._seed)
-        return b"".join((head, U32.pack(zlib.crc32(payload, zlib.crc32(head, seed))), payload))
+    def encode(self, records: Iterable[Record],
+               offset: int) -> Tuple[bytes, List[Tuple[int, int]]]:
+        """Return the bytes of records as they stand from `offset` on, and only there; and the
+        (offset, size) of each."""
+        parts: List[bytes] = []
+        places: List[Tuple[int, int]] = []
+        marker, seed, crc32 = self.marker, self._seed, zlib.crc32
+        for type_, id_, time_ms, payload, count, delay_ms in records:
+            head = UNSEALED.pack(marker, type_, count, id_, time_ms, delay_ms, len(payload))
+            crc = crc32(payload, crc32(head, crc32(U64.pack(offset), seed)))
+            parts += (head, U32.pack(crc), payload)
+            size = HEAD.size + len(payload)
+            places.append((offset, size))
+            offset += size
+        return b"".join(parts), places
 
     def size_of(self, data: bytes) -> int:
         """Return the size of the record that seems to start `data`, 0 if none does."""
@@ -825,18 +834,12 @@ class Log:
         """
         if self.failure:
             raise self.failure
-        offset, parts, places = self.tail, [], []
-        for record in records:
-            part = self.codec.encode(record, offset)
-            parts.append(part)
-            places.append((offset, len(part)))
-            offset += len(part)
+        data, places = self.codec.encode(records, self.tail)
         try:
-            self.storage.write_all(self.fd, parts[0] if len(parts) == 1 else b"".join(parts),
-                                   self.tail)
+            self.storage.write_all(self.fd, data, self.tail)
         except OSError as error:
             self._undo_append(error)
-        self.tail = offset
+        self.tail += len(data)
         self.appends += 1                    # invariant 2: after its write ended
         return places
 
@@ -1437,9 +1440,11 @@ class State:
 
         A record that names a message which the log lacks changes only the next id.
         """
-        self.time_ms = max(self.time_ms, record.time_ms)
+        if record.time_ms > self.time_ms:
+            self.time_ms = record.time_ms
         if record.type == MESSAGE:
-            self.next_id = max(self.next_id, record.id + 1)
+            if record.id >= self.next_id:
+                self.next_id = record.id + 1
             self.appended += 1
             self.appended_bytes += size
             self.end = offset + size

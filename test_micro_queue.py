@@ -407,7 +407,7 @@ class RecordTest(unittest.TestCase):
     def test_a_record_is_one_only_in_its_log_and_at_its_offset(self):
         codec, other = mq.Codec.new(1), mq.Codec.new(1)
         record = mq.Record(mq.MESSAGE, 7, 1234, b"payload", 3, 500)
-        data = codec.encode(record, 44)
+        data = codec.encode([record], 44)[0]
         self.assertEqual(codec.size_of(data), len(data))
         self.assertEqual(list(codec.records(data, 0, 44)), [(44, 44 + len(data), record)])
         self.assertEqual(list(codec.records(data, 0, 45)), [])
@@ -415,7 +415,7 @@ class RecordTest(unittest.TestCase):
 
     def test_every_flipped_bit_is_seen(self):
         codec = mq.Codec.new(1)
-        data = codec.encode(mq.Record(mq.MESSAGE, 7, 1234, b"payload"), 44)
+        data = codec.encode([mq.Record(mq.MESSAGE, 7, 1234, b"payload")], 44)[0]
         for bit in range(len(data) * 8):
             bad = bytearray(data)
             bad[bit // 8] ^= 1 << bit % 8
@@ -1661,8 +1661,13 @@ class UnseededCodec(mq.Codec):
     def __init__(self, log_id, marker, next_id):
         super().__init__(bytes(16), marker, next_id)
 
-    def encode(self, record, offset):
-        return super().encode(record, 0)
+    def encode(self, records, offset):
+        parts, places = [], []
+        for record in records:
+            parts.append(super().encode([record], 0)[0])
+            places.append((offset, len(parts[-1])))
+            offset += len(parts[-1])
+        return b"".join(parts), places
 
     def records(self, data, at, offset):
         place = next(super().records(data[at:], 0, 0), None)

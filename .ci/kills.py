@@ -356,7 +356,7 @@ def used_and_damaged(worker: Worker) -> None:
         flip_byte(log.path, end - 1)
     torn = mq.Record(mq.MESSAGE, worker.queue.state.next_id, 1, payload_of(next(worker._numbers)))
     worker._tell("sending", torn.payload)
-    data = log.codec.encode(torn, log.tail)
+    data = log.codec.encode([torn], log.tail)[0]
     os.pwrite(log.fd, data[:len(data) // 2], log.tail)
     worker.let_go()
 
