@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -85,6 +86,7 @@ __version__ = "2.0.0"
 
 KIB, MIB = 1 << 10, 1 << 20
 LOG_CHUNK_BYTES = 256 * KIB      # one read of a scan: large enough that reads cost nothing
+RECENT_MESSAGES = 1024           # of which it is known where they stand: 40 bytes each
 AHEAD_BYTES = 16 * KIB           # what a subscription reads ahead: small, for each has its own
 REWRITE_BYTES = MIB              # recovery rewrites the tail in pieces that fit any memory
 ID_GAP = 1 << 24                 # more ids than could be lost unseen between two starts
@@ -93,7 +95,7 @@ BOOKMARK_BYTES = 4 * MIB         # recovery scans about this much after a kill
 BOOKMARK_GROWTH = 8              # a bookmark may cost an eighth of what the log grew
 COMPACT_DEAD_BYTES = 16 * MIB    # below this, dead bytes are not worth a rewrite
 COMPACT_DEAD_LOW_BYTES = 64 * KIB            # the same while the disk is nearly full
-COMPACT_LOCKED_BYTES = MIB       # the rest that compaction copies while it holds the lock
+COMPACT_LOCKED_BYTES = 256 * KIB # the rest that compaction copies while it holds the lock
 COMPACT_SLICE_S = 0.001          # a busy thread starves all others: work this long, then sleep
 COMPACT_SYNC_BYTES = MIB         # more at once would keep the disk from those who put
 COMPACT_SLEEP_S = 0.002
@@ -1117,10 +1119,14 @@ class Deadlines:
             yield item[1]
             item = self.first()
 
-    def keys(self) -> List[int]:
-        """Return the keys of all that hold, in order."""
-        return [key for deadline_ms, key in map(_split, sorted(set(self._heap)))
-                if self._holds(deadline_ms, key)]
+    def keys(self) -> Iterator[int]:
+        """Yield the keys of all that hold, in order, each once; they must not change meanwhile."""
+        heap, last = self._heap[:], -1
+        while heap:
+            item = heapq.heappop(heap)
+            if item != last and self._holds(*_split(item)):
+                yield item & ((1 << KEY_BITS) - 1)
+            last = item
 
 
 def _split(item: int) -> Tuple[int, int]:
@@ -1203,8 +1209,11 @@ class Subscription:
         if self.passed >= self._state.appended:          # skip what is no message at all
             self._read_offset = self._state.end
             return False
-        start = self._read_offset
+        start = self._read_offset = self._state.next_message(self._read_offset)
         for offset, end, record in log.scan(start, self._state.end, AHEAD_BYTES):
+            if (self._ahead and record and record.type != MESSAGE
+                    and self._state.next_message(offset) != offset):
+                break                        # rather jump to the next than read up to it
             self._read_offset = end
             if record is None:
                 log.set_aside(offset, end)
@@ -1218,6 +1227,7 @@ class Subscription:
                 break
         if not self._ahead:                              # the rest was damaged
             self.passed, self.passed_bytes = self._state.appended, self._state.appended_bytes
+            self._state.recount()
         return bool(self._ahead)
 
     def _pass(self, *, keep: bool) -> Placed:
@@ -1229,6 +1239,8 @@ class Subscription:
         if keep:
             self.kept += 1
             self.kept_bytes += end - offset
+        else:
+            self._state.let_go(record.id, end - offset)
         return place
 
     # -- entries
@@ -1266,6 +1278,7 @@ class Subscription:
             if message_id < self.cursor_id:
                 self.kept -= 1
                 self.kept_bytes -= size
+                self._state.let_go(message_id, size)
 
     def _advance(self, last: int, drop_from: int) -> None:
         """Move the cursor over every message up to `last`; what is below `drop_from` stays."""
@@ -1310,6 +1323,7 @@ class Subscription:
     def apply_position(self, message_id: int) -> None:
         """Forget all: settled below `message_id`, waiting from it on."""
         self._reset()
+        self._state.recount()
         log, end = self._state.log, self._state.end
         if message_id >= self._state.next_id:
             self.cursor_id, self.cursor_offset, self._read_offset = message_id, end, end
@@ -1323,9 +1337,9 @@ class Subscription:
 
     # -- what only memory knows
 
-    def tick(self, now_ms: int) -> None:
-        """Make ready what is due."""
-        for message_id in self.delayed.pop_due(now_ms):
+    def tick(self, now_ms: int, limit: int) -> None:
+        """Make ready what is due, up to `limit` messages."""
+        for message_id in itertools.islice(self.delayed.pop_due(now_ms), limit):
             self._set_due(message_id, READY)
             self.delayed_count -= 1
             self._wait_until(message_id, READY)
@@ -1376,7 +1390,7 @@ class Subscription:
             self.leased_count += 1
 
     def upcoming(self) -> Iterator[Message]:
-        """Yield what is ready, lowest first, without taking it. Sorts all ready entries."""
+        """Yield what is ready, lowest first, without taking it."""
         entries = filter(None, map(self.message, self.ready.keys()))
         return heapq.merge(entries, self._beyond_cursor(), key=lambda message: message.id)
 
@@ -1405,18 +1419,18 @@ class Subscription:
         return [id_ for id_, entry in self.entries.items()
                 if ENTRY.unpack(entry)[3] >= max_deliveries]
 
-    def catch_up(self, live: Subscription) -> bool:
-        """Lease what is leased in `live`, the same subscriber in the log that ours replaces.
-
-        Returns whether both hold the same messages.
-        """
-        self._advance(live.cursor_id - 1, drop_from=live.cursor_id)
-        self.cursor_id = max(self.cursor_id, live.cursor_id)
-        for message_id in live.leased_ids():
-            if message_id in self.entries:
+    def catch_up(self, cursor_id: int, leased_ids: Iterable[int]) -> None:
+        """Stand where the same subscriber stands in the log that ours replaces."""
+        self._advance(cursor_id - 1, drop_from=cursor_id)
+        self.cursor_id = max(self.cursor_id, cursor_id)
+        for message_id in leased_ids:
+            if message_id in self.entries and not self.is_leased(message_id):
                 self.lease_id(message_id)
+
+    def agrees_with(self, live: Subscription) -> bool:
+        """Tell whether both hold the same messages, after `catch_up`."""
         # The cursors may differ by entries that lie beyond one of them.
-        return (self.held_count == live.held_count
+        return (self.held_count == live.held_count and self.leased_count == live.leased_count
                 and self.entries.keys() == live.entries.keys())
 
 
@@ -1432,8 +1446,10 @@ class State:
         self.next_id = log.codec.next_id
         self.time_ms = 0                     # the highest time of a record
         self.end = HEADER.size
+        self._recent: Deque[int] = collections.deque(maxlen=RECENT_MESSAGES)     # offsets
         self.appended, self.appended_bytes = 0, 0
         self.subscriptions: Dict[str, Subscription] = {}
+        self._held: Optional[Tuple[int, int]] = None     # by anyone of several; None: to count
 
     def apply(self, record: Record, offset: int, size: int) -> None:
         """Apply one record that stands at `offset`; the only way in which a state changes.
@@ -1447,7 +1463,10 @@ class State:
                 self.next_id = record.id + 1
             self.appended += 1
             self.appended_bytes += size
+            if self._held is not None:
+                self._held = self._held[0] + 1, self._held[1] + size
             self.end = offset + size
+            self._recent.append(offset)
             if record.delay_ms:
                 for subscription in self.subscriptions.values():
                     subscription.apply_delayed(record, offset, size)
@@ -1461,9 +1480,18 @@ class State:
             self.next_id = max(self.next_id, record.id + 1)
         elif record.type == POSITION and record.id == LEFT:
             self.subscriptions.pop(record.payload.decode(), None)
+            self.recount()
         elif record.type == POSITION:
             self.subscription(record.payload).apply_position(record.id)
             self.next_id = max(self.next_id, record.id)
+
+    def next_message(self, offset: int) -> int:
+        """Return where the next message at or behind `offset` stands if that is known, `offset`
+        if not: so nobody reads what many subscribers settled."""
+        recent = self._recent
+        if not recent or offset < recent[0]:
+            return offset
+        return recent[bisect.bisect_left(recent, offset)] if offset <= recent[-1] else self.end
 
     def subscription(self, name: bytes) -> Subscription:
         """Return a subscription; one whose position was lost starts where the log does."""
@@ -1478,6 +1506,11 @@ class State:
         if len(self.subscriptions) == 1:
             only = next(iter(self.subscriptions.values()))
             return only.held_count, only.held_bytes
+        if self._held is None:
+            self._held = self._count_held()
+        return self._held
+
+    def _count_held(self) -> Tuple[int, int]:
         for subscription in self.subscriptions.values():
             subscription._next()             # counts what it need not see
         lowest = min(self.subscriptions.values(), key=lambda s: s.cursor_id)
@@ -1486,6 +1519,15 @@ class State:
         return (self.appended - lowest.passed + len(below),
                 self.appended_bytes - lowest.passed_bytes
                 + sum(ENTRY.unpack(entry)[2] for entry in below.values()))
+
+    def let_go(self, message_id: int, size: int) -> None:
+        """Count a message out if the subscriber that settled it was the last to hold it."""
+        if self._held is not None and not self.holds(message_id):
+            self._held = self._held[0] - 1, self._held[1] - size
+
+    def recount(self) -> None:
+        """What is held changed by more than one message."""
+        self._held = None
 
     def all_held(self) -> Iterator[Message]:
         """Yield what anyone holds, in order; reads the log from the first of it on."""
@@ -1628,8 +1670,7 @@ class Snapshot(NamedTuple):
 
 NEVER = 1 << 62                  # a time (ms) that does not come
 MAX_SLEEP_MS = 1 << 31           # what a wait for a condition can bear
-EXPIRED_AT_ONCE = 1000           # records that one hold of the lock looks at for their age
-DEAD_AT_ONCE = 1000              # messages of one move to a dead-letter queue
+AT_ONCE = 1000                   # messages whose time has come that one hold of the lock sees
 
 
 class Clock:
@@ -1771,16 +1812,20 @@ class Turn:
         self._queue.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        queue, answers = self._queue, self._queue._answers
+        queue = self._queue
         try:
-            if queue._awaited:
+            if queue._touched:
                 queue._match_locked()
         finally:
-            if answers:
-                queue._answers = []
+            answers, queue._answers = queue._answers, []
             queue.lock.release()
         for waiter, delivery in answers:
-            waiter.answer(delivery)
+            try:
+                waiter.answer(delivery)
+            except Exception:                # the others must get theirs
+                log_event.exception("answer_failed")
+                if delivery:
+                    queue.retry(delivery)
 
 
 class Queue:
@@ -1791,7 +1836,8 @@ class Queue:
     by any thread.
     1. A message is LEASED in its subscription while it is in a lease, in a delivery that the
        server settles, or among the `_dead`. None of these outlives the process.
-    2. Nobody waits for what is ready: whoever may make something ready takes a `_turn`.
+    2. Nobody waits for what is ready: whoever makes something ready takes a `_turn`, and notes
+       in `_touched` for whom.
     3. What is not above `_expired_id` is older than `ttl` and never becomes ready.
     """
 
@@ -1810,12 +1856,13 @@ class Queue:
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
         self._epoch_ms = 0                   # the queue's time when the monotonic clock was 0
-        self._unlogged = False               # a full disk kept a settlement out of the log
+        self._unlogged = 0                   # notes that a full disk kept out of the log
         self._closed = False
         self._limited = config.max_messages is not None or config.max_bytes is not None
         self._turn = Turn(self)
         self._consumers = {name: Consumers() for name in subscribers}
         self._awaited: Set[str] = set()      # subscribers with waiters
+        self._touched: Set[str] = set()      # those for whom something may have become ready
         self._answers: List[Tuple[Waiter, Optional[Delivery]]] = []
         self._dead: Dict[Tuple[str, int], bool] = {}     # to be dead-lettered, in order
         self._expired_id = 0
@@ -1823,6 +1870,7 @@ class Queue:
         self._expiry_ms = 0 if config.ttl else NEVER     # when it does; 0: to be found out
         self._bookmark_tail = self._bookmark_bytes = 0
         self._compact_after_ms = 0
+        self._undying_bytes = 0              # what the last compaction wrote besides messages
 
     # -- life
 
@@ -1837,9 +1885,16 @@ class Queue:
                 self.state.next_id += ID_GAP
             self._epoch_ms = (max(self._clock.wall_ms(), self.state.time_ms)
                               - self._clock.monotonic_ms())
-            self._meet_subscribers_locked()
+            try:
+                self._meet_subscribers_locked()
+            except ApiError:
+                raise StorageError(f"{self.log.folder}: the disk is full; free some space, then "
+                                   "start again") from None
             self._expel_spent_locked()
-        self.bookmark()                      # a crash from here on is no clean stop
+        if not self.bookmark():              # a crash from here on is no clean stop
+            with contextlib.suppress(FileNotFoundError):
+                self.log.storage.unlink(os.path.join(self.log.folder, META_NAME))
+            self.log.storage.fsync_folder(self.log.folder)
         event(logging.INFO, "recovered", queue=self.config.name,
               messages=self.state.held()[0], scanned_bytes=self.log.tail - start)
 
@@ -1853,8 +1908,8 @@ class Queue:
             self._switch_kind_locked(now_ms)
         else:
             start = 0 if self.log.corrupt_records else self.state.next_id
-            self._note_locked([position(start, name, now_ms) for name in new])
-        self._note_locked([position(LEFT, name, now_ms) for name in left])
+            self._place_locked([position(start, name, now_ms) for name in new])
+        self._place_locked([position(LEFT, name, now_ms) for name in left])
         for what, names in (("joined", new), ("left", left)):
             for name in filter(None, names):
                 event(logging.INFO, f"subscriber_{what}", queue=self.config.name, subscriber=name)
@@ -1867,9 +1922,17 @@ class Queue:
         place = Place.union([Place.of(subscription) for subscription in former])
         event(logging.WARNING, "kind_switched", queue=self.config.name, to=self.config.kind,
               messages=self.state.held()[0])
-        self._note_locked([record for name in self.subscribers
-                           for record in place.records(name, now_ms)])
+        self._place_locked([record for name in self.subscribers
+                            for record in place.records(name, now_ms)])
         self.log.sync()
+
+    def _place_locked(self, records: Sequence[Record]) -> None:
+        """Append and apply, or raise ApiError 503: where a subscriber stands is in the log before
+        anything is served."""
+        if records:
+            self.log.append(records)
+        for record in records:
+            self.state.apply(record, 0, 0)   # only a message needs its place
 
     def close(self) -> None:
         """Write a bookmark that marks a clean stop, and let go of the folder."""
@@ -1887,10 +1950,13 @@ class Queue:
 
     # -- putting
 
-    def check_room(self, payload_bytes: int = 0, count: int = 1) -> None:
-        """Raise what such a put would be refused with; may be asked before its body is read."""
-        if self._closed:
-            raise ApiError(503, "The server is stopping; try again")
+    def check_room(self, payload_bytes: int = 0) -> None:
+        """Raise what a put would be refused with, to be asked before its body is read."""
+        with self.lock:
+            self._check_room_locked(payload_bytes, 1)
+
+    def _check_room_locked(self, payload_bytes: int, count: int) -> None:
+        self._check_open()
         if self._limited:
             self._check_limits(payload_bytes, count)
         self.space.use(payload_bytes + count * HEAD.size)
@@ -1922,13 +1988,14 @@ class Queue:
         """
         with self._turn:
             if limited:
-                self.check_room(sum(map(len, payloads)), len(payloads))
+                self._check_room_locked(sum(map(len, payloads)), len(payloads))
             first, now_ms = self.state.next_id, self.now_ms()
             records = [Record(MESSAGE, first + number, now_ms, payload, 0, delay_s * 1000)
                        for number, payload in enumerate(payloads)]
             for record, (offset, size) in zip(records, self.log.append(records)):
                 self.state.apply(record, offset, size)
             self.in_total += len(records)
+            self._touched.update(self._awaited)
             if delay_s:
                 self._wake_locked(now_ms + delay_s * 1000)
             if self.config.ttl and self._expiry_ms == NEVER:
@@ -1950,6 +2017,8 @@ class Queue:
                 self._check_open()
                 now_ms = self.now_ms()
                 self._tick_locked(subscriber, now_ms)
+                if self._touched:            # who waits came first
+                    self._match_locked()
                 if now_ms < self._expiry_ms:
                     delivery = self._take_locked(subscriber, wish)
                     if delivery is None and waiter:
@@ -2009,7 +2078,8 @@ class Queue:
         if now_ms >= self._expiry_ms:        # more than one hold of the lock may take
             self._wake_locked(now_ms)
             return
-        for name in list(self._awaited):
+        while self._touched:
+            name = self._touched.pop()
             waiters = self._consumers[name].waiters
             while waiters and self.state.subscriptions[name].look():
                 _, waiter = waiters.popitem(last=False)
@@ -2040,7 +2110,7 @@ class Queue:
     def settle(self, delivery: Delivery) -> None:
         """A delivery has left: what is not leased is gone. Not durable on return."""
         if delivery.lease is None:
-            with self._turn:
+            with self.lock:
                 self._settle_locked(delivery.subscriber, [m.id for m in delivery.messages])
 
     def retry(self, delivery: Delivery) -> None:
@@ -2054,7 +2124,7 @@ class Queue:
 
     def ack(self, subscriber: str, key: int) -> None:
         """End a lease: its messages are gone. Not durable on return. Raises ApiError 410."""
-        with self._turn:
+        with self.lock:
             lease = self._end_lease_locked(subscriber, key)
             self._settle_locked(subscriber, [message_id for message_id, _ in lease.out])
 
@@ -2066,17 +2136,18 @@ class Queue:
 
     def extend(self, subscriber: str, key: int, seconds: int) -> None:
         """Have a lease end in `seconds` from now. Raises ApiError 410."""
-        with self._turn:
+        with self.lock:
             lease = self._end_lease_locked(subscriber, key)
             self._lease_locked(subscriber, key, lease.out, seconds)
 
     def _end_lease_locked(self, subscriber: str, key: int) -> Lease:
         self._check_open()
-        self._tick_locked(subscriber, self.now_ms())
-        lease = self._consumers[subscriber].leases.pop(key, None)
-        if lease is None:
+        leases = self._consumers[subscriber].leases
+        lease = leases.get(key)
+        if lease is None or lease.deadline_ms <= self.now_ms():
             raise ApiError(410, "No such lease: it expired, is settled, is another queue's or "
                                 "token's, or from before a restart; take the message again")
+        del leases[key]
         return lease
 
     def _settle_locked(self, subscriber: str, ids: Iterable[int]) -> None:
@@ -2101,6 +2172,7 @@ class Queue:
         self._expel_locked(subscriber, expired, expired=True)
         self._expel_locked(subscriber, spent)
         self.redelivered_total += len(ids) - len(expired) - len(spent)
+        self._touched.add(subscriber)
         if due_ms:
             self._wake_locked(due_ms)
 
@@ -2115,10 +2187,8 @@ class Queue:
         with self._turn:
             self._check_open()
             count, now_ms = self.state.held()[0], self.now_ms()
-            records = [position(self.state.next_id, name, now_ms) for name in self._consumers]
-            self.log.append(records)
-            for record in records:
-                self.state.apply(record, 0, 0)
+            self._place_locked([position(self.state.next_id, name, now_ms)
+                                for name in self._consumers])
             for consumers in self._consumers.values():
                 consumers.leases.clear()
             self._dead.clear()
@@ -2146,12 +2216,19 @@ class Queue:
             return min(firsts)[0] - self._epoch_ms
 
     def _tick_locked(self, subscriber: str, now_ms: int) -> None:
+        """Take back what leases had out too long, make ready what was delayed: as much as one
+        hold of the lock may."""
         consumers, subscription = self._consumers[subscriber], self.state.subscriptions[subscriber]
         if consumers.lease_deadlines.is_due(now_ms):
+            out: List[Tuple[int, int]] = []
             for key in consumers.lease_deadlines.pop_due(now_ms):
-                self._retry_locked(subscriber, consumers.leases.pop(key).out)
+                out += consumers.leases.pop(key).out
+                if len(out) >= AT_ONCE:
+                    break
+            self._retry_locked(subscriber, out)
         if subscription.delayed.is_due(now_ms):
-            subscription.tick(now_ms)
+            subscription.tick(now_ms, AT_ONCE)
+            self._touched.add(subscriber)
 
     def _wake_locked(self, deadline_ms: int) -> None:
         self._wake_at(deadline_ms - self._epoch_ms)
@@ -2164,16 +2241,17 @@ class Queue:
         ttl_ms = (self.config.ttl or 0) * 1000
         doomed: Dict[str, List[int]] = {name: [] for name in self._consumers}
         self._expiry_ms = NEVER
-        records = self.log.scan(self._expiry_offset, self.log.tail, AHEAD_BYTES)
-        for seen, (_, end, record) in enumerate(records):
-            if seen == EXPIRED_AT_ONCE:
+        start = self._expiry_offset
+        records = self.log.scan(start, self.log.tail, AHEAD_BYTES)
+        for seen, (offset, end, record) in enumerate(records):
+            if seen == AT_ONCE or offset - start >= MIB:
                 self._expiry_ms = now_ms
                 break
             if record and record.type == MESSAGE and self.state.holds(record.id):
                 if record.time_ms + ttl_ms > now_ms:
                     self._expiry_ms = record.time_ms + ttl_ms
                     break
-                self._expired_id = record.id
+                self._expired_id = max(self._expired_id, record.id)
                 for name, ids in doomed.items():
                     subscription = self.state.subscriptions[name]
                     if subscription.holds(record.id) and not subscription.is_leased(record.id):
@@ -2206,9 +2284,11 @@ class Queue:
         found: List[Tuple[str, Message]] = []
         size = 0
         with self.lock:
-            for name, message_id in list(itertools.islice(self._dead, DEAD_AT_ONCE)):
-                message = self.state.subscriptions[name].message(message_id)
-                if message is None:
+            for name, message_id in list(itertools.islice(self._dead, AT_ONCE)):
+                subscription = self.state.subscriptions[name]
+                leased = subscription.is_leased(message_id)
+                message = subscription.message(message_id) if leased else None
+                if message is None:          # its bytes went bad
                     del self._dead[name, message_id]
                     continue
                 found.append((name, message))
@@ -2219,7 +2299,7 @@ class Queue:
 
     def bury(self, letters: Sequence[Tuple[str, Message]]) -> None:
         """Forget dead letters that are safe in their new queue. Not durable on return."""
-        with self._turn:
+        with self.lock:
             for name in {name for name, _ in letters}:
                 ids = [m.id for owner, m in letters if owner == name
                        and self._dead.pop((name, m.id), False)]
@@ -2260,7 +2340,7 @@ class Queue:
         try:
             self.log.append(records)
         except ApiError:
-            self._unlogged = True
+            self._unlogged += 1
         for record in records:
             self.state.apply(record, 0, 0)   # only a message needs its place
 
@@ -2297,29 +2377,31 @@ class Queue:
         grown = self.log.tail - self._bookmark_tail
         return grown >= max(BOOKMARK_BYTES, BOOKMARK_GROWTH * self._bookmark_bytes)
 
-    def bookmark(self, *, clean: bool = False) -> None:
-        """Write meta.json: where the next start begins to scan. Blocks for several syncs."""
+    def bookmark(self, *, clean: bool = False) -> bool:
+        """Write meta.json: where the next start begins to scan. Blocks for several syncs. Return
+        whether it was written; if not, the next start takes longer, nothing else."""
         with self._maintenance:
             with self.lock:
                 if self._unlogged:           # a bookmark is a function of the log alone
-                    return
+                    return False
                 snapshot, log_id = self.state.snapshot(), self._log_id()
             self.log.sync()
             value = dict(snapshot.to_json(), log_id=log_id, clean=clean)
             data = json.dumps(dict(value, crc32=_checksum(value))).encode()
             try:
                 self.log.storage.write_file(os.path.join(self.log.folder, META_NAME), data)
-            except OSError as error:         # the next start takes longer, nothing else
+            except OSError as error:
                 event(logging.WARNING, "bookmark_failed", queue=self.config.name,
                       error=error.strerror)
-                return
+                return False
             self._bookmark_tail, self._bookmark_bytes = snapshot.tail_offset, len(data)
+            return True
 
     # -- compaction
 
     def use_locked(self, state: State) -> None:
         """Go on with the state of a new log, which tells all that memory knows."""
-        self.state, self._unlogged = state, False
+        self.state, self._unlogged = state, 0
         self._expiry_offset = HEADER.size
         self._expiry_ms = min(self._expiry_ms, 0 if self.config.ttl else NEVER)
 
@@ -2330,8 +2412,8 @@ class Queue:
         with self.lock:
             size, (_, held_bytes) = self.log.tail - HEADER.size, self.state.held()
             enough = COMPACT_DEAD_LOW_BYTES if self.space.left < 0 else COMPACT_DEAD_BYTES
-            dead = size - held_bytes
-            return (self._unlogged or not self.log.is_in_place()
+            dead = size - held_bytes - self._undying_bytes
+            return (self._unlogged > 0 or not self.log.is_in_place()
                     or (dead >= enough and dead * 2 > size))
 
     def held_bytes(self) -> int:
@@ -2351,6 +2433,8 @@ class Queue:
                 if self.log.failure:
                     raise self.log.failure from None
                 raise CompactionFailed(str(error)) from None
+            with self.lock:
+                self._undying_bytes = self.log.tail - HEADER.size - self.state.held()[1]
             self._bookmark_tail = 0
             self.compactions_total += 1
         self.log.close_replaced()
@@ -2368,17 +2452,20 @@ class Compaction:
     def __init__(self, queue: Queue, pause: Callable[[], None]) -> None:
         self._queue, self._pause = queue, pause
         with queue.lock:
-            self._snapshot = queue.state.snapshot()
+            self._snapshot, self._unlogged = queue.state.snapshot(), queue._unlogged
         self._fresh = queue.log.fresh(self._snapshot.next_id)
         self._state = State(self._fresh)
         self._holes: Dict[str, List[List[int]]] = {}     # by subscriber, runs it has settled
+        self._lowest = {place.name: place.lowest for place in self._snapshot.places}
         self._damaged = False
+        self._last_id = 0                    # of the last message in the new log
         self._synced = 0                     # bytes of the new log that are on disk
 
     def run(self) -> None:
         try:
             self._copy_live()
             done = self._follow()
+            self._catch_up()
             self._fresh.sync()
             with self._queue.lock:
                 self._write(self._records(done, self._queue.log.tail))
@@ -2390,7 +2477,7 @@ class Compaction:
 
     def _copy_live(self) -> None:
         places, now_ms = self._snapshot.places, self._queue.now_ms()
-        self._write([position(place.lowest, place.name, now_ms) for place in places])
+        self._write([position(self._lowest[place.name], place.name, now_ms) for place in places])
         for batch in self._batches(HEADER.size, self._snapshot.tail_offset):
             messages = [record for record in batch if record.type == MESSAGE]
             with self._queue.lock:
@@ -2408,12 +2495,12 @@ class Compaction:
     def _note_holes(self, records: Sequence[Record]) -> None:
         """Of messages that someone still needs, find the runs that a subscriber has settled."""
         for place in self._snapshot.places:
-            runs = self._holes.setdefault(place.name, [[LEFT, 0]])
+            runs, lowest = self._holes.setdefault(place.name, [[LEFT, 0]]), self._lowest[place.name]
             for record in records:
                 if place.holds(record.id):
                     if runs[-1][0] != LEFT:
                         runs.append([LEFT, 0])
-                elif record.id >= place.lowest:
+                elif record.id >= lowest:
                     runs[-1] = [min(runs[-1][0], record.id), record.id]
 
     def _follow(self) -> int:
@@ -2427,6 +2514,17 @@ class Compaction:
                 self._write(batch)
             self._fresh.sync()
             done = tail
+
+    def _catch_up(self) -> None:
+        """Do without the lock most of what `_switch_locked` has to do with it. What is not copied
+        yet has higher ids, and must not be passed."""
+        with self._queue.lock:
+            places = [(name, live.cursor_id, live.leased_ids())
+                      for name, live in self._queue.state.subscriptions.items()]
+        for name, cursor_id, leased_ids in places:
+            self._state.subscription(name.encode()).catch_up(
+                min(cursor_id, self._last_id + 1), leased_ids)
+            self._pause()
 
     def _records(self, start: int, end: int) -> Iterator[Record]:
         for offset, after, record in self._queue.log.scan(start, end):
@@ -2455,13 +2553,19 @@ class Compaction:
         if records:
             for record, (offset, size) in zip(records, self._fresh.append(records)):
                 self._state.apply(record, offset, size)
+                if record.type == MESSAGE:
+                    self._last_id = record.id
 
     def _switch_locked(self) -> None:
         queue, state = self._queue, self._state
-        same = [state.subscription(name.encode()).catch_up(live)
-                for name, live in queue.state.subscriptions.items()]
-        if not (all(same) or self._damaged):
-            raise CompactionFailed("the new log does not tell what memory knows; the old one stays")
+        for name, live in queue.state.subscriptions.items():
+            ours = state.subscription(name.encode())
+            ours.catch_up(live.cursor_id, live.leased_ids())
+            if not (ours.agrees_with(live) or self._damaged):
+                raise CompactionFailed("the new log does not tell what memory knows; the old one "
+                                       "stays")
+        if queue._unlogged != self._unlogged:
+            raise CompactionFailed("the disk was full meanwhile; the new log lacks what it refused")
         queue.log.replace_with(self._fresh)
         state.log, state.next_id = queue.log, max(state.next_id, queue.state.next_id)
         queue.use_locked(state)
@@ -2563,10 +2667,16 @@ class Broker:
     # -- threads
 
     def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except LogFailed as failure:
-            self.on_failure(failure)
+        """Do a thread's work until the end, whatever it meets."""
+        while not self._stopping.is_set():
+            try:
+                work()
+            except LogFailed as failure:
+                self.on_failure(failure)
+                return
+            except Exception:                # not for anything that a client or a disk can do
+                log_event.exception("thread_failed thread=%s", work.__name__)
+                self._stopping.wait(1)
 
     def _wake_at(self, monotonic_ms: int) -> None:
         """Have the queues ticked no later than then. A queue calls it under its lock, before
@@ -2606,6 +2716,8 @@ class Broker:
         """Put dead letters where they belong, then settle them: a crash between repeats them.
         Never holds two queues' locks."""
         for letters in iter(queue.dead_letters, []):
+            if self._stopping.is_set():
+                return
             target = self.queues[queue.config.dead_letter or ""]
             try:
                 target.put([message.payload for _, message in letters], limited=False)
@@ -2622,14 +2734,15 @@ class Broker:
         for job in iter(self._jobs.get, None):
             try:
                 self._compact(job.queue)
-            except (CompactionFailed, LogFailed, OSError) as error:
+            except Exception as error:
                 job.error = error
                 event(logging.WARNING, "compaction_failed", queue=job.queue.config.name,
                       error=error)
-            self._compacting.discard(job.queue.config.name)
-            job.done.set()
-            if isinstance(job.error, LogFailed):
-                raise job.error
+                if not isinstance(error, (CompactionFailed, OSError)):
+                    raise
+            finally:
+                self._compacting.discard(job.queue.config.name)
+                job.done.set()
 
     def _compact(self, queue: Queue) -> None:
         settings = self.config.settings

@@ -894,6 +894,159 @@ class QueueTest(Folder):
         self.assertEqual(subscription.ready_count, 4999)
 
 
+class WorstDayTest(Folder):
+    """What went wrong once, or nearly."""
+
+    def test_a_waiter_is_answered_once_by_whoever_made_the_message_ready(self):
+        queue, answers, inside = self.open(), [], threading.Event()
+        queue.take(waiter=mq.Waiter(mq.ONE, 60, answers.append))
+
+        class Lock:
+            """Lets another thread in between a release and what follows it."""
+
+            def __init__(self, lock):
+                self.acquire, self._lock = lock.acquire, lock
+
+            def release(self):
+                self._lock.release()
+                if not inside.is_set():
+                    inside.set()
+                    queue.put([b"a"])
+
+            def __enter__(self):
+                self.acquire()
+
+            def __exit__(self, *_):
+                self.release()
+
+        queue.lock = Lock(queue.lock)
+        queue.tick()
+        self.assertEqual([d.messages[0].payload for d in answers], [b"a"])
+
+    def test_a_start_on_a_full_disk_does_not_forget_who_was_there(self):
+        self.filled(b"a", b"b").close()
+        self.queues.clear()
+        storage = FailingStorage()
+        storage.failing["pwrite"] = errno.ENOSPC
+        with self.assertRaises(mq.StorageError):
+            self.open(subscribers=("x", "y"), storage=storage)
+        queue = self.crash(subscribers=("x", "y"))
+        self.assertEqual((payloads_of(queue, "x"), payloads_of(queue, "y")),
+                         ([b"a", b"b"], [b"a", b"b"]))
+
+    def test_a_start_whose_bookmark_fails_is_no_clean_stop(self):
+        queue = self.filled(b"a")
+        queue.close()
+        self.queues.clear()
+        size = os.path.getsize(self.log_path())
+        storage = FailingStorage()
+        storage.failing["rename"] = errno.ENOSPC
+        queue = self.open(storage=storage)
+        seen = queue.put([b"b"])
+        self.drop()
+        os.truncate(self.log_path(), size)   # a power cut: the put was not durable
+        self.assertGreater(self.open().put([b"c"]), seen)
+
+    def test_a_compaction_does_not_forget_what_the_full_disk_refused(self):
+        clock, storage = FakeClock(), FailingStorage()
+        queue = self.filled(b"a", b"b", storage=storage, clock=clock)
+        lease = queue.take(wish=mq.Wish(0, 0, 600)).lease
+        compaction = mq.Compaction(queue, lambda: None)
+        storage.failing["pwrite"] = errno.ENOSPC
+        queue.nack("", lease, 3600)
+        storage.failing.clear()
+        with self.assertRaises(mq.CompactionFailed):
+            compaction.run()
+        queue.compact()
+        self.assertEqual(counts(queue), (1, 0, 1))
+        queue = self.crash(clock=clock)
+        clock.passed += 3_600_000
+        self.assertEqual(queue.take().messages[0].delivery, 2)
+
+    def test_compaction_does_not_go_on_for_ever_about_what_it_must_keep(self):
+        with unittest.mock.patch.object(mq, "COMPACT_DEAD_BYTES", 1000):
+            queue = self.filled(*[b"x"] * 200)
+            out = [queue.take() for _ in range(200)]
+            for delivery in out:
+                queue.retry(delivery)
+            queue.compact()
+            self.assertFalse(queue.wants_compaction())
+            drain(queue)
+            queue.put([b"y" * 20_000])
+            drain(queue)
+            self.assertTrue(queue.wants_compaction())
+
+    def test_many_ends_at_once_are_served_in_bounded_holds_of_the_lock(self):
+        clock = FakeClock()
+        queue = self.open(clock=clock)
+        queue.put([b"x"] * 2500, delay_s=5)
+        clock.passed += 5000
+        ready = []
+        while counts_now(queue)["delayed"]:
+            queue.tick()
+            ready.append(counts_now(queue)["ready"])
+        self.assertEqual(ready, [1000, 2000, 2500])
+        for _ in range(2500):
+            queue.take(wish=mq.Wish(0, 0, 5))
+        clock.passed += 5000
+        ready.clear()
+        while counts_now(queue)["leased"]:
+            queue.tick()
+            ready.append(counts_now(queue)["ready"])
+        self.assertEqual(ready, [1000, 2000, 2500])
+
+    def test_a_dead_letter_whose_bytes_went_bad_is_no_obstacle(self):
+        config = mq.QueueConfig(name="q", max_deliveries=1, dead_letter="dead")
+        queue = self.filled(b"bad", b"good", config=config)
+        for delivery in [queue.take(), queue.take()]:
+            queue.retry(delivery)
+        data = self.read_log()
+        with open(self.log_path(), "r+b") as file:
+            file.seek(data.index(b"bad"))
+            file.write(b"BAD")
+        queue.compact()
+        self.assertEqual([m.payload for _, m in queue.dead_letters()], [b"good"])
+
+    def test_who_waits_comes_before_who_comes_just_as_a_lease_ends(self):
+        clock, answers = FakeClock(), []
+        queue = self.filled(b"a", clock=clock)
+        queue.take(wish=mq.Wish(0, 0, 5))
+        queue.take(waiter=mq.Waiter(mq.ONE, 60, answers.append))
+        clock.passed += 5000
+        self.assertIsNone(queue.take())
+        self.assertEqual(len(answers), 1)
+
+    def test_one_answer_that_fails_keeps_the_others_from_nothing(self):
+        queue, answers = self.open(), []
+
+        def fail(delivery):
+            raise ValueError("broken")
+
+        for answer in (fail, answers.append):
+            queue.take(waiter=mq.Waiter(mq.ONE, 60, answer))
+        queue.put([b"a", b"b"])
+        self.assertEqual([d.messages[0].payload for d in answers], [b"b"])
+        self.assertEqual(counts(queue), (1, 1, 0))
+
+    def test_a_put_on_a_full_broadcast_queue_costs_no_look_at_every_entry(self):
+        queue = self.open(subscribers=("a", "b"), config=mq.QueueConfig(
+            name="q", kind="broadcast", max_messages=100_000))
+        queue.put([b"x"] * 3000)
+        for name in "ab":
+            queue.take(name, mq.Wish(1000, mq.MIB, 60))
+        queue.state.held()
+        with unittest.mock.patch.object(queue.state, "_count_held") as count:
+            queue.put([b"y"])
+            queue.settle(queue.take("a"))
+            self.assertEqual(queue.state.held()[0], 3001)
+            count.assert_not_called()
+
+
+def counts_now(queue, subscriber=""):
+    """As `counts`, without letting time do its work first."""
+    return queue._numbers_locked(subscriber)
+
+
 class Held:
     """A message that a subscriber has not settled, in the model."""
 
