@@ -3050,6 +3050,7 @@ class Call(NamedTuple):
     queue: Optional[Queue]
     subscriber: Optional[str]                # as whom the token takes from the queue
     parameters: Mapping[str, int]
+    body_is_here: bool                       # a body was received with its head
     read_body: Callable[[], bytes]
     before_blocking: Callable[[], None]      # to be called before anything that waits
     is_gone: Callable[[], bool]              # whether the client hung up
@@ -3094,7 +3095,8 @@ def put(call: Call) -> Answer:
     queue, request = _queue(call), call.request
     if request.encoding not in ("", "identity"):
         raise ApiError(415, "Send the message without a Content-Encoding")
-    queue.check_room(0 if request.lines else request.length)
+    if not call.body_is_here:                # or else `append` refuses it as soon
+        queue.check_room(0 if request.lines else request.length)
     body = call.read_body()
     payloads = split_lines(body) if request.lines else [body]
     if not payloads or not payloads[0]:
@@ -3316,7 +3318,8 @@ def dispatch(handler: Handler, request: Request) -> Answer:
     if request.length > server.config.settings.max_message_bytes:
         raise too_large(server)
     return action.call(Call(server, request, token, queue, subscriber, parameters,
-                            handler.read_body, handler.before_blocking, handler.is_gone))
+                            handler.has_body(), handler.read_body, handler.before_blocking,
+                            handler.is_gone))
 
 
 def find_action(request: Request) -> Optional[Action]:
@@ -3612,6 +3615,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         poll = select.poll()
         poll.register(self.connection, events)
         return bool(seconds > 0 and poll.poll(seconds * 1000))
+
+    def has_body(self) -> bool:
+        """Tell whether the request's body, which is not empty, was received already."""
+        return 0 < self._current.length <= len(self._data)
 
     def read_body(self) -> bytes:
         """Read the request's body, after 100 Continue where the client waits for it."""
