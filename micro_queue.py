@@ -2897,11 +2897,13 @@ class Request(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """An answer that is not there yet. `start(finish)` has `finish(answer)` called once, from
-    any thread; `stop` undoes that for a client that is gone, False if it is too late."""
+    """An answer that may not be sent yet. `start(finish)` has `finish(answer)` called once, from
+    any thread; `stop` undoes that for a client that is gone, False if it is too late.
+    `expected` is what it will be if all goes well, to be rendered meanwhile."""
 
     start: Callable[[Callable[[Answer], None]], None]
     stop: Callable[[], bool] = lambda: False
+    expected: Optional[Answer] = None
 
 
 class Answer(NamedTuple):
@@ -3127,7 +3129,7 @@ def once_durable(call: Call, number: int, answer: Answer) -> Answer:
             finish(answer)
         if log.when_durable(number, done):
             server.lead(log)
-    return Answer(pending=Pending(start))
+    return Answer(pending=Pending(start, expected=answer))
 
 
 def take(call: Call) -> Answer:
@@ -3539,10 +3541,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer, pending = self._wait_for(pending), None
         if pending is None:
             return self._reply(request, answer, close, started).send()
+        expected = pending.expected
+        reply = self._reply(request, expected, close, started) if expected else None
+
+        def finish(final: Answer) -> None:
+            (reply if reply and final is expected
+             else self._reply(request, final, close, started)).send_parked()
         self.parked, self.stop_waiting = True, pending.stop
-        self._start(pending, lambda final: self._reply(
-            request, final, close, started).send_parked())
-        self.server.watch(self)
+        self._start(pending, finish)
+        if not self.polled:
+            self.server.watch(self)
         return False
 
     def _start(self, pending: Pending, finish: Callable[[Answer], None]) -> None:
