@@ -2897,23 +2897,23 @@ class Request(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """An answer that may not be sent yet. `start(finish)` has `finish(answer)` called once, from
-    any thread; `stop` undoes that for a client that is gone, False if it is too late.
-    `expected` is what it will be if all goes well, to be rendered meanwhile."""
+    """An answer that is not there yet. `start(finish)` has `finish(answer)` called once, from
+    any thread; `stop` undoes that for a client that is gone, False if it is too late."""
 
     start: Callable[[Callable[[Answer], None]], None]
-    stop: Callable[[], bool] = lambda: False
-    expected: Optional[Answer] = None
+    stop: Callable[[], bool]
 
 
 class Answer(NamedTuple):
-    """What to send. `delivery` is settled once it was sent, and put back if that failed. With
-    `pending`, it is another answer that is sent, later."""
+    """What to send. `append` (a log and the number of an append) must be durable before.
+    `delivery` is settled once it was sent, and put back if that failed. With `pending`, it is
+    another answer that is sent, later."""
 
     status: int = 200
     body: bytes = b""
     headers: bytes = b""
     delivery: Optional[Tuple[Queue, Delivery]] = None
+    append: Optional[Tuple[Log, int]] = None
     pending: Optional[Pending] = None
 
 
@@ -3105,7 +3105,7 @@ def put(call: Call) -> Answer:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
     first, number = queue.append(payloads, call.parameters.get("delay", 0))
     count = b"Message-Count: %d\r\n" % len(payloads) if request.lines else b""
-    return once_durable(call, number, Answer(headers=b"Message-Id: %d\r\n%b" % (first, count)))
+    return Answer(headers=b"Message-Id: %d\r\n%b" % (first, count), append=(queue.log, number))
 
 
 def split_lines(body: bytes) -> List[bytes]:
@@ -3114,22 +3114,6 @@ def split_lines(body: bytes) -> List[bytes]:
     if len(lines) > MAX_LINES:
         raise ApiError(413, f"More than {MAX_LINES} lines; send them in parts")
     return lines
-
-
-def once_durable(call: Call, number: int, answer: Answer) -> Answer:
-    """Return an answer that waits until append `number` of the queue's log is durable."""
-    server, log = call.server, _queue(call).log
-    if log.fsync != "always":
-        return answer
-
-    def start(finish: Callable[[Answer], None]) -> None:
-        def done(failure: Optional[LogFailed]) -> None:
-            if failure:
-                server.storage_failed(failure)
-            finish(answer)
-        if log.when_durable(number, done):
-            server.lead(log)
-    return Answer(pending=Pending(start, expected=answer))
 
 
 def take(call: Call) -> Answer:
@@ -3204,8 +3188,9 @@ def compact(call: Call) -> Answer:
 
 
 def purge(call: Call) -> Answer:
-    count, number = _queue(call).purge()
-    return once_durable(call, number, Answer(200, b"%d\n" % count, TEXT))
+    queue = _queue(call)
+    count, number = queue.purge()
+    return Answer(200, b"%d\n" % count, TEXT, append=(queue.log, number))
 
 
 def _queue(call: Call) -> Queue:
@@ -3441,7 +3426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.parked = False                  # the answer waits for a sync
         self.polled = False                  # the server's poll looks at this connection
         self.muted = False                   # it does so for a hang-up only
-        self.stop_waiting: Callable[[], bool] = lambda: False    # of a parked answer
+        self.stop_waiting: Optional[Callable[[], bool]] = None   # of a parked answer
         self.deadline = 0.0                  # when an idle or lingering connection is closed
         self._lingering = False
         self._data = b""                     # received, not yet used
@@ -3536,20 +3521,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             close, answer = error.close, error_answer(error)
         except LogFailed as failure:
             self.server.storage_failed(failure)
-        pending = answer.pending
-        if pending and self._data:           # more requests came with this one: in order
-            answer, pending = self._wait_for(pending), None
-        if pending is None:
-            return self._reply(request, answer, close, started).send()
-        expected = pending.expected
-        reply = self._reply(request, expected, close, started) if expected else None
+        if answer.append or answer.pending:
+            return self._serve_later(request, answer, close, started)
+        return self._reply(request, answer, close, started).send()
 
-        def finish(final: Answer) -> None:
-            (reply if reply and final is expected
-             else self._reply(request, final, close, started)).send_parked()
-        self.parked, self.stop_waiting = True, pending.stop
-        self._start(pending, finish)
-        if not self.polled:
+    def _serve_later(self, request: Optional[Request], answer: Answer, close: bool,
+                     started: float) -> bool:
+        """Answer when it is time to: parked, unless more requests came with this one."""
+        if self._data:
+            answer = self._wait_for(answer)
+            return self._reply(request, answer, close, started).send()
+        self.parked = True
+        if answer.append:
+            self.stop_waiting, (log, number) = None, answer.append
+            reply = self._reply(request, answer, close, started)
+            if log.when_durable(number, reply.send_parked):
+                self.server.lead(log)
+        elif answer.pending:
+            self.stop_waiting = answer.pending.stop
+            self._start(answer.pending, lambda final: self._reply(
+                request, final, close, started).send_parked(None))
             self.server.watch(self)
         return False
 
@@ -3562,15 +3553,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except LogFailed as failure:
             self.server.storage_failed(failure)
 
-    def _wait_for(self, pending: Pending) -> Answer:
-        """Wait for a pending answer. Raises OSError if the client hung up meanwhile."""
-        final: queues.SimpleQueue[Answer] = queues.SimpleQueue()
+    def _wait_for(self, answer: Answer) -> Answer:
+        """Block until an answer may be sent. Raises OSError if the client hung up meanwhile."""
         self.before_blocking()
-        self._start(pending, final.put)
+        if answer.append:
+            log, number = answer.append
+            log.wait_durable(number)
+        if answer.pending is None:
+            return answer
+        final: queues.SimpleQueue[Answer] = queues.SimpleQueue()
+        self._start(answer.pending, final.put)
         while True:
             with contextlib.suppress(queues.Empty):
                 return final.get(timeout=LOOK_S)
-            if self.is_gone() and pending.stop():
+            if self.is_gone() and answer.pending.stop():
                 raise ConnectionResetError("closed while it waited")
 
     def _reply(self, request: Optional[Request], answer: Answer, close: bool,
@@ -3744,8 +3740,10 @@ class Reply(NamedTuple):
         take the answer with it."""
         return not (self.skip or self.handler.has_more())
 
-    def send_parked(self) -> None:
+    def send_parked(self, failure: Optional[LogFailed]) -> None:
         """Send from a thread that has more to do: raises nothing, and waits for no client."""
+        if failure:
+            self.handler.server.storage_failed(failure)
         try:
             start = self.handler._send_some(self.data)
         except OSError:                      # as it will again
@@ -3995,14 +3993,15 @@ class Server(http.server.ThreadingHTTPServer):
     def _look_at_parked(self, handler: Handler) -> bool:
         """What comes while an answer is awaited is served afterwards; a client that hung up
         waits no longer. Return whether the answer is still awaited."""
-        gone = handler.is_gone()
-        if gone and handler.stop_waiting():
+        stop = handler.stop_waiting
+        gone = stop is None or handler.is_gone()
+        if gone and stop and stop():
             handler.close()
             return True
         with self._pool:
             if not handler.parked:
                 return False
-            if gone:
+            if gone:                         # or the answer is on its way: nothing to look for
                 self._epoll.unregister(handler.connection)
                 handler.polled = False
             else:
