@@ -472,7 +472,7 @@ def broadcast_rows(bench: Bench) -> List[Row]:
 
 def lease_rows(bench: Bench) -> List[Row]:
     """Lease and ack as a pair against a plain take."""
-    row = Row("lease + ack as a pair, fsync always, 8 connections, against a plain take", 0.4, [])
+    row = Row("lease + ack as a pair, fsync always, 8 connections, against a plain take", 0.33, [])
     child = bench.start("always")
     for number in range(bench.rounds):
         bench.fill(child, 30_000 * bench.seconds, "batch-put")
