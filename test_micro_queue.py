@@ -193,7 +193,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._now = 0
         self._sent, self._answered, self._refused = {}, {}, set()
-        self._dropped = set()
+        self._dropped, self._delayed = set(), set()
         self._payload_of = {}                # id: payload
         self._highest = 0                    # id that anyone was told
         self._highest_when_sent = {}
@@ -210,9 +210,11 @@ class Ledger:
 
     # -- producers
 
-    def sending(self, payload):
-        """A put is about to begin; every payload is sent once."""
+    def sending(self, payload, delayed=False):
+        """A put is about to begin; every payload is sent once. A delayed one keeps no order."""
         with self._lock:
+            if delayed:
+                self._delayed.add(payload)
             self._sent[payload] = self._event()
             self._highest_when_sent[payload] = self._highest
 
@@ -249,7 +251,7 @@ class Ledger:
             before = self._out.get(payload)
             if before and (before[1] is not None or (count == 1 and before[0] is not None)):
                 self._found.append(f"duplicated: {message_id} {payload[:40]!r}")
-            if before is None and count == 1:
+            if before is None and count == 1 and payload not in self._delayed:
                 if message_id < self._last_id.get(consumer, 0):
                     self._found.append(f"out of order: {message_id} after "
                                        f"{self._last_id[consumer]} at {consumer}")
@@ -1838,14 +1840,14 @@ class User:
         self.queue, self.storage, self.name = queue, storage, name
         self.puts = 0
 
-    def _payload(self, size):
+    def _payload(self, size, delayed=False):
         self.puts += 1
         payload = b"%s%d " % (self.name.encode(), self.puts)
-        self.storage.tell("sending", payload + b"x" * size)
+        self.storage.tell("sending", payload + b"x" * size, delayed)
         return payload + b"x" * size
 
     def put(self, size=0, count=1, delay_s=0):
-        payloads = [self._payload(size) for _ in range(count)]
+        payloads = [self._payload(size, delay_s > 0) for _ in range(count)]
         first = self.queue.put(payloads, delay_s)
         for number, payload in enumerate(payloads):
             self.storage.tell("accepted", payload, first + number)

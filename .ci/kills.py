@@ -649,7 +649,7 @@ def check_error(injection: Injection, outcome: Outcome) -> List[str]:
         found.append(f"went on after {injection.effect}: {outcome.calls[at][:200]}")
     if no_space and outcome.status == FAILED:
         found.append(f"ended because of a full disk: {outcome.calls[at][:200]}")
-    if on_log and outcome.status in (GAVE_UP, FAILED):
+    if on_log and not no_space and outcome.status in (GAVE_UP, FAILED):
         found += [f"touched the failed log again: {line[:200]}"
                   for line in outcome.calls[at + 1:] if touches_log(line, started[1])]
     return found
