@@ -2505,16 +2505,17 @@ class Compaction:
                     runs[-1] = [min(runs[-1][0], record.id), record.id]
 
     def _follow(self) -> int:
-        """Copy what was appended meanwhile until little is left; return where that starts."""
-        done = self._snapshot.tail_offset
+        """Copy what was appended meanwhile until little is left, or what comes is no longer less
+        than what was copied; return where the rest starts."""
+        done, before = self._snapshot.tail_offset, NEVER
         while True:
             tail = self._queue.log.tail
-            if tail - done <= COMPACT_LOCKED_BYTES:
+            if tail - done <= COMPACT_LOCKED_BYTES or tail - done >= before:
                 return done
             for batch in self._batches(done, tail):
                 self._write(batch)
             self._fresh.sync()
-            done = tail
+            done, before = tail, tail - done
 
     def _catch_up(self) -> None:
         """Do without the lock most of what `_switch_locked` has to do with it. What is not copied

@@ -978,6 +978,21 @@ class WorstDayTest(Folder):
             drain(queue)
             self.assertTrue(queue.wants_compaction())
 
+    def test_a_compaction_ends_though_more_comes_than_it_copies(self):
+        queue = self.filled(b"x" * 500_000)
+        queue.settle(queue.take())
+        left = []
+
+        def pause():
+            self.assertLess(len(left), 500, "it does not end")
+            for _ in range(2):
+                left.append(b"%d" % len(left) + b"y" * 20_000)
+                queue.put([left[-1]])
+
+        with unittest.mock.patch.object(mq, "COMPACT_LOCKED_BYTES", 1000):
+            queue.compact(pause)
+        self.assertEqual(payloads(queue), left)
+
     def test_many_ends_at_once_are_served_in_bounded_holds_of_the_lock(self):
         clock = FakeClock()
         queue = self.open(clock=clock)
