@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Break the server in one place at a time, and see that the tests notice.
+
+    python3 .ci/mutants.py                           # all of them: under a minute
+    python3 .ci/mutants.py --only lease              # those whose name has this word
+
+A mutant is a patch of a copy of `micro_queue.py` and the tests each of which must fail with it;
+one that runs into the time limit failed, for a lost wake-up shows so. First the same tests must
+pass on the server as it is. A patch whose old text is not found, or found more than once, has
+to be renewed: the code that it breaks was rewritten.
+
+Exit code: 0 all good; 1 a test passes although the server is broken, fails although it is not,
+or a patch does not fit; 2 usage.
+"""
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import List, NamedTuple, Optional, Tuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FILES = "micro_queue.py", "test_micro_queue.py", "config.example.json", "README.md"
+TIMEOUT_S = 30
+AT_ONCE = 2                      # tests; many of them wait more than they work
+
+
+class Mutant(NamedTuple):
+    """What is broken, by which (old text, new text), and the tests that must fail."""
+
+    name: str
+    edits: Tuple[Tuple[str, str], ...]
+    tests: Tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant("a crc that does not tell the place of its record", (
+        ("crc = crc32(payload, crc32(head, crc32(U64.pack(offset), seed)))",
+         "crc = crc32(payload, crc32(head, seed))"),
+        ("start = crc32(data[at:body - U32.size], crc32(U64.pack(offset), seed))",
+         "start = crc32(data[at:body - U32.size], seed)")), (
+        "RecordTest.test_a_record_is_one_only_in_its_log_and_at_its_offset",
+        "CrashStateTest.test_no_power_cut_loses_repeats_or_makes_up_a_message")),
+    Mutant("a crc that is not looked at", (
+        ("if crc32(payload, start) != crc:", "if crc32(payload, start) == -1:"),), (
+        "RecordTest.test_every_flipped_bit_is_seen",
+        "RecoveryTest.test_every_flipped_byte_costs_only_the_record_it_hit")),
+    Mutant("a put that does not wait for its sync", (
+        ("if self.durable < number:", "if self.durable < 0:"),), (
+        "AppendTest.test_a_failing_sync_fails_every_waiter",
+        "DurableServerTest.test_a_failed_sync_is_no_200",
+        "CrashStateTest.test_no_power_cut_after_a_random_run_does_either")),
+    Mutant("a sync that is left out", (
+        ("                self.storage.fdatasync(fd)\n            except",
+         "                pass\n            except"),), (
+        "AppendTest.test_any_other_error_poisons_the_log",
+        "DurableServerTest.test_a_failed_sync_is_no_200")),
+    Mutant("a failed sync that is forgotten", (
+        ("self.failure = self.failure or failure", "pass"),), (
+        "AppendTest.test_any_other_error_poisons_the_log",)),
+    Mutant("a short write that is not cut off", (
+        ("self.storage.truncate(self.fd, self.tail)", "pass"),), (
+        "AppendTest.test_a_full_disk_refuses_the_put_and_leaves_the_log_whole",)),
+    Mutant("a new log that is not synced before it is put in place", (
+        ("self.storage.fsync(fresh.fd)", "pass"),), (
+        "CompactionTest.test_any_failure_before_the_rename_keeps_the_old_log",)),
+    Mutant("an id that is given again after a kill", (
+        ("self.state.next_id += ID_GAP", "pass"),), (
+        "RecoveryTest.test_ids_leave_a_gap_unless_the_stop_was_clean",)),
+    Mutant("a cursor off by one", (
+        ("self.cursor_id, self.cursor_offset = record.id + 1, end",
+         "self.cursor_id, self.cursor_offset = record.id + 2, end"),), (
+        "ModelTest", "SubscriberTest.test_positions_are_kept_by_restarts_and_compactions")),
+    Mutant("a delivery that counts twice", (
+        ("message.delivery - 1)\n        self.leased_count += 1",
+         "message.delivery)\n        self.leased_count += 1"),), (
+        "ModelTest",)),
+    Mutant("a lease that never ends", (
+        ("if consumers.lease_deadlines.is_due(now_ms):",
+         "if consumers.lease_deadlines.is_due(0):"),), (
+        "ConsumptionTest.test_what_is_not_acked_in_time_comes_back_at_its_place",
+        "WorstDayTest.test_who_waits_comes_before_who_comes_just_as_a_lease_ends")),
+    Mutant("a put that does not wake who waits", (
+        ("self._touched.update(self._awaited)", "pass"),), (
+        "WorstDayTest.test_one_answer_that_fails_keeps_the_others_from_nothing",
+        "ConsumptionTest.test_those_who_wait_are_served_in_the_order_they_came")),
+    Mutant("a message that comes back and does not wake who waits", (
+        ("self._touched.add(subscriber)\n        if due_ms:", "if due_ms:"),), (
+        "ModelTest",
+        "ConsumptionTest.test_nacks_ends_of_leases_and_of_delays_wake_those_who_wait")),
+    Mutant("a second consumer that is forgotten when the first is woken", (
+        ("            if not waiters:\n                self._awaited.discard(name)",
+         "            self._awaited.discard(name)"),), (
+        "ModelTest", "ConsumptionTest.test_those_who_wait_are_served_in_the_order_they_came")),
+    Mutant("a consumer that is answered twice", (
+        ("_, waiter = waiters.popitem(last=False)", "waiter = next(iter(waiters.values()))"),), (
+        "ModelTest", "WorstDayTest.test_one_answer_that_fails_keeps_the_others_from_nothing")),
+    Mutant("a compaction that forgets what came back", (
+        ("records.extend(place.retries(place.name, now_ms))", "pass"),), (
+        "CompactionTest.test_only_live_records_are_kept_wherever_they_are",)),
+    Mutant("a dead letter that is buried before it is safe", (
+        ("self._dead[subscriber, message_id] = True",
+         "self._dead[subscriber, message_id] = True\n"
+         "            self._note_settled_locked(subscriber, ids)"),), (
+        "ConsumptionTest.test_dead_letters_wait_where_they_are_while_the_disk_is_full",)),
+]
+
+
+def broken(source: str, mutant: Mutant) -> str:
+    """Return the source with a mutant's edits. Raises ValueError where one does not fit."""
+    for old, new in mutant.edits:
+        if source.count(old) != 1:
+            raise ValueError(f"renew the patch of {mutant.name!r}: its old text stands "
+                             f"{source.count(old)} times in micro_queue.py, not once:\n{old}")
+        source = source.replace(old, new)
+    compile(source, "micro_queue.py", "exec")
+    return source
+
+
+def make_copy(folder: str, source: Optional[str] = None) -> str:
+    """Copy what the tests need to `folder`, with another source of the server if given."""
+    os.mkdir(folder)
+    for name in FILES:
+        shutil.copy(os.path.join(ROOT, name), folder)
+    if source is not None:
+        with open(os.path.join(folder, "micro_queue.py"), "w", encoding="utf-8") as file:
+            file.write(source)
+    return folder
+
+
+def passes(folder: str, *tests: str) -> bool:
+    """Tell whether all of these tests pass in a copy, in time."""
+    command = [sys.executable, "-m", "unittest", "-f", *(f"test_micro_queue.{t}" for t in tests)]
+    try:
+        done = subprocess.run(command, cwd=folder, timeout=TIMEOUT_S, check=False,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def survivors(base: str, source: str, mutants: List[Mutant]) -> List[str]:
+    """Return what was not noticed, as lines."""
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        whole = make_copy(os.path.join(base, "whole"))
+        tests = sorted({test for mutant in mutants for test in mutant.tests})
+        found = [f"fails although nothing is broken: {test}" for test, good in zip(
+            tests, pool.map(lambda test: passes(whole, test), tests)) if not good]
+        cases = [(mutant, test, make_copy(os.path.join(base, f"{number}-{test}"),
+                                          broken(source, mutant)))
+                 for number, mutant in enumerate(mutants) for test in mutant.tests]
+        passed = pool.map(lambda case: passes(case[2], case[1]), cases)
+        return found + [f"passes with {mutant.name}: {test}"
+                        for (mutant, test, _), good in zip(cases, passed) if good]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORD")
+    mutants = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant.name]
+    with open(os.path.join(ROOT, "micro_queue.py"), encoding="utf-8") as file:
+        source = file.read()
+    with tempfile.TemporaryDirectory(prefix="mq-mutants-") as base:
+        try:
+            found = survivors(base, source, mutants)
+        except ValueError as error:
+            found = [str(error)]
+    for line in found:
+        print(f"FAULT {line}")
+    print(f"mutants: {len(mutants)} ways to break the server, "
+          f"{sum(len(mutant.tests) for mutant in mutants)} tests that must notice; "
+          f"faults {len(found)}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
