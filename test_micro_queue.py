@@ -1,15 +1,20 @@
 """Tests of micro_queue: standard library only, no sleeping on clocks. Run: python3 -m unittest"""
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import http.client
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -22,28 +27,67 @@ import time
 import tracemalloc
 import unittest
 import unittest.mock
+from typing import Dict, List, NamedTuple
 
 import micro_queue as mq
 
+# ---- The kit ------------------------------------------------------------------------------
+# What the tests and the harnesses in .ci share: a clock, a disk, a ledger, a connection, a
+# server process; one of each. What is asked of the insides of the server stands here too.
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 SERVER = os.path.join(HERE, "micro_queue.py")
+QUEUE = "fetcher"                            # of config.example.json, as these tokens
 POST = "aa9d7b0a-8bee-47e4-887c-bdb799533793"
 GET = "bb9d7b0a-8bee-47e4-887c-bdb799533773"
 OTHER = "cc9d7b0a-8bee-47e4-887c-bdb799533773"
 ADMIN = "de9d7b0a-8bee-47e4-887c-bdb799533733"
 SEED = int(os.environ.get("SEED", "1"))      # of everything that is random here
 TORTURE = bool(os.environ.get("TORTURE"))    # many more of it, for hours
+ANSWER_S, START_S, END_S = 10, 60, 60        # how long a test waits for each of these
+SHORT = "short"                              # in place of an errno: only half is written
 
 
-def setUpModule():
-    logging.disable(logging.CRITICAL)
+class Fault(Exception):
+    """The server did what it must not do; one line a finding."""
 
 
-def tearDownModule():
-    logging.disable(logging.NOTSET)
+def eventually(condition, seconds=10, what="did not happen"):
+    """Wait until a condition holds; return what it gave. Raises Fault."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise Fault(f"{what} within {seconds} s")
+        time.sleep(0.002)
+
+
+def together(*works):
+    """Call all at once, each in a thread of its own; return what each gave, or raise what one
+    of them raised."""
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(work) for work in works]]
+
+
+def example_config(**settings):
+    """Return config.example.json, as JSON, with other settings."""
+    with open(os.path.join(HERE, "config.example.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    config["settings"].update(settings)
+    return config
+
+
+def parse_config(value):
+    """Return the Config of plain JSON objects, or of a text."""
+    text = value if isinstance(value, (str, bytes)) else json.dumps(value)
+    return mq.parse_config(json.loads(text, object_pairs_hook=mq._Object.of_pairs))
 
 
 class FakeClock(mq.Clock):
+    """Time passes when a test says so: `passed` ms since the start, which was at `wall`."""
+
     def __init__(self):
         self.wall, self.passed = 1_700_000_000_000, 0
 
@@ -54,43 +98,606 @@ class FakeClock(mq.Clock):
         return self.passed
 
 
-class FailingStorage(mq.Storage):
-    """Storage on which a named call fails with an errno, or writes only a part."""
+class FakeStorage(mq.Storage):
+    """Storage that notes the name of each call in `calls`, and fails as it is told.
 
-    def __init__(self):
-        self.failing = {}
-        self.calls = []
+    `before` has, by a call's name, what gets the call's arguments before it is made, and may
+    raise in its place. With `quick`, syncs do nothing: for what no power cut follows."""
 
-    def _call(self, name, real, *args):
+    def __init__(self, quick=False):
+        self.calls, self.before = [], {}
+        self._quick, self._failing = quick, {}           # name: [calls until then, how]
+        for name, call in vars(mq.Storage).items():
+            if isinstance(call, staticmethod):
+                setattr(self, name, functools.partial(self._call, name))
+
+    def fail(self, name, how, at=1):
+        """Have the `at`-th call of a name from now on, and all behind it, fail with an errno;
+        a `pwrite` with SHORT writes half."""
+        self._failing[name] = [at, how]
+
+    def heal(self):
+        self._failing.clear()
+
+    def _call(self, name, *arguments):
         self.calls.append(name)
-        failure = self.failing.get(name)
-        if failure == "short":
-            real(args[0], args[1][:len(args[1]) // 2], args[2])
-            return len(args[1]) // 2
-        if failure:
-            raise OSError(failure, os.strerror(failure))
-        return real(*args)
+        self.before.get(name, lambda *_: None)(*arguments)
+        failing = self._failing.get(name, [math.inf, None])
+        failing[0] -= 1
+        if failing[0] <= 0 and failing[1] == SHORT:
+            fd, data, offset = arguments
+            return os.pwrite(fd, data[:len(data) // 2], offset)
+        if failing[0] <= 0:
+            raise OSError(failing[1], os.strerror(failing[1]))
+        if self._quick and name in ("fdatasync", "fsync"):
+            return None
+        return getattr(mq.Storage, name)(*arguments)
 
-    def pread(self, *args):
-        return self._call("pread", os.pread, *args)
 
-    def pwrite(self, *args):
-        return self._call("pwrite", os.pwrite, *args)
+class Ledger:
+    """What was sent, answered, delivered and settled, through any number of faults.
 
-    def fdatasync(self, *args):
-        return self._call("fdatasync", os.fdatasync, *args)
+    The yardstick of every harness: `faults` names each message that was lost, made up, altered,
+    delivered out of order, or delivered again without a reason, and each answer that took
+    longer than `limit_s`. Times are counts of events. A consumer is whoever has one delivery at
+    a time: a connection, or a thread. Thread-safe."""
 
-    def fsync(self, *args):
-        return self._call("fsync", os.fsync, *args)
+    def __init__(self, limit_s=None):
+        self._lock = threading.RLock()
+        self._now = 0
+        self._sent, self._answered, self._refused = {}, {}, set()
+        self._dropped, self._delayed = set(), set()
+        self._payload_of = {}                # id: payload
+        self._highest = 0                    # id that anyone was told
+        self._highest_when_sent = {}
+        self._out = {}                       # payload: [consumer, settled at or None]
+        self._open = {}                      # consumer: payloads of its last delivery
+        self._since_fault = set()            # payloads that were delivered since
+        self._last_id = {}                   # consumer: the last first delivery since the fault
+        self._synced = 0                     # what was settled before is durable
+        self._found = []
+        self._limit_s = limit_s
+        self._latest = 0.0, "nothing"        # the slowest answer, and to what
 
-    def truncate(self, *args):
-        return self._call("truncate", os.ftruncate, *args)
+    def _event(self):
+        self._now += 1
+        return self._now
 
-    def open(self, *args):
-        return self._call("open", os.open, *args)
+    # -- producers
 
-    def rename(self, *args):
-        return self._call("rename", os.rename, *args)
+    def sending(self, payload, delayed=False):
+        """A put is about to begin; every payload is sent once. A delayed one keeps no order."""
+        with self._lock:
+            if delayed:
+                self._delayed.add(payload)
+            self._sent[payload] = self._event()
+            self._highest_when_sent[payload] = self._highest
+
+    def accepted(self, payload, message_id, durable=True):
+        """The put was answered 200; if `durable`, all that was settled before it is too."""
+        with self._lock:
+            self._answered[payload] = message_id
+            self._name(message_id, payload)
+            if message_id <= self._highest_when_sent[payload]:
+                self.note(f"id {message_id} of {payload[:40]!r} was told before its put")
+            if durable:
+                self._synced = max(self._synced, self._sent[payload])
+
+    def refused(self, payload):
+        """The put was answered with an error: nothing may come of it."""
+        with self._lock:
+            self._refused.add(payload)
+
+    def _name(self, message_id, payload):
+        if self._payload_of.setdefault(message_id, payload) != payload:
+            self.note(f"id {message_id} was used for {payload[:40]!r} and for "
+                      f"{self._payload_of[message_id][:40]!r}")
+        self._highest = max(self._highest, message_id)
+
+    # -- consumers
+
+    def delivered(self, consumer, payload, message_id, count=1):
+        with self._lock:
+            if payload not in self._sent:
+                self.note(f"made up or altered: {message_id} {payload[:40]!r}")
+            elif payload in self._refused:
+                self.note(f"refused, yet delivered: {message_id} {payload[:40]!r}")
+            self._name(message_id, payload)
+            before = self._out.get(payload)
+            if before and (before[1] is not None or (count == 1 and before[0] is not None)):
+                self.note(f"duplicated: {message_id} {payload[:40]!r}")
+            if before is None and count == 1 and payload not in self._delayed:
+                if message_id < self._last_id.get(consumer, 0):
+                    self.note(f"out of order: {message_id} after "
+                              f"{self._last_id[consumer]} at {consumer}")
+                self._last_id[consumer] = message_id
+            self._out[payload] = [consumer, None]
+            self._since_fault.add(payload)
+            self._open.setdefault(consumer, []).append(payload)
+
+    def settled(self, consumer):
+        """What the consumer was delivered is known to be settled."""
+        with self._lock:
+            now = self._event()
+            for payload in self._open.pop(consumer, ()):
+                self._out[payload][1] = now
+
+    def returned(self, consumer):
+        """What the consumer was delivered is known to be back: lost if it is not seen again."""
+        with self._lock:
+            for payload in self._open.pop(consumer, ()):
+                if self._out.get(payload, (None,))[0] == consumer:   # no other has it by now
+                    del self._out[payload]
+
+    def dropping(self):
+        """All that was answered so far is about to be dropped: it may come, or not."""
+        with self._lock:
+            self._dropped.update(self._answered)
+            self._answered.clear()
+
+    def dropped(self):
+        """What was to be dropped is, and durably: it must not come any more."""
+        with self._lock:
+            self._refused |= self._dropped
+
+    def moved(self, payloads):
+        """These were found among the dead letters: a crash may repeat them there, no more."""
+        with self._lock:
+            self._found += [f"made up dead letter: {payload[:40]!r}" for payload in payloads
+                            if payload not in self._sent or payload in self._refused]
+            self._out.update({payload: [None, None] for payload in payloads})
+
+    def synced(self):
+        """All that was settled so far is durable."""
+        with self._lock:
+            self._synced = self._event()
+
+    # -- time
+
+    @contextlib.contextmanager
+    def timing(self, what, wait_s=0):
+        """Take the time of what stands below it, unless that raises; `wait_s` of it were asked
+        for, by a long poll."""
+        started = time.monotonic()
+        yield
+        self.answered_in(what, time.monotonic() - started - wait_s)
+
+    def answered_in(self, what, seconds):
+        with self._lock:
+            self._latest = max(self._latest, (seconds, what))
+            if self._limit_s is not None and seconds > self._limit_s:
+                self.note(f"late: {what} was answered in {seconds:.3f} s, not {self._limit_s:g} s")
+
+    # -- faults
+
+    def fault(self, power_cut=False):
+        """The server ended; after a power cut, settlements that were not synced may be gone."""
+        with self._lock:
+            self._open.clear()
+            self._last_id.clear()
+            while self._since_fault:
+                out = self._out.get(self._since_fault.pop())
+                if out and (out[1] is None or (power_cut and out[1] >= self._synced)):
+                    out[:] = [None, None]
+
+    def note(self, fault):
+        """Enter a fault that was seen elsewhere, as one line."""
+        with self._lock:
+            self._found.append(fault)
+
+    def faults(self, drained=True):
+        """Return what went wrong, as lines; `drained` if every message was taken since."""
+        with self._lock:
+            lost = [f"lost: {message_id} {payload[:40]!r}"
+                    for payload, message_id in self._answered.items()
+                    if drained and payload not in self._out]
+            return self._found + lost
+
+    @property
+    def answered_count(self):
+        """How many puts were answered 200 and not dropped since."""
+        return len(self._answered)
+
+    @property
+    def latest_s(self):
+        """How long the slowest answer took."""
+        return self._latest[0]
+
+    def __str__(self):
+        return (f"{len(self._sent)} sent, {len(self._answered)} answered, "
+                f"{len(self._out)} delivered; the slowest answer took {self._latest[0]:.3f} s, "
+                f"to {self._latest[1]}")
+
+
+def count_faults(found):
+    """Return how many of a ledger's lines tell of a loss, of anything else, of a repetition."""
+    lost, twice = (sum(line.startswith(kind) for line in found) for kind in ("lost", "duplicated"))
+    return f"lost {lost}, unexpected {len(found) - lost - twice}, duplicated {twice}"
+
+
+# -- HTTP
+
+class Answer(NamedTuple):
+    """What the server answered."""
+
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def id(self):
+        return int(self.headers.get("Message-Id", 0))
+
+    @property
+    def count(self):
+        return int(self.headers.get("Delivery-Count", 0))
+
+
+def request(method, path, body=b"", token=ADMIN, headers=(), version="1.1"):
+    """Return the bytes of a request; `headers` are whole lines."""
+    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
+    if token:
+        lines.append(f"Authorization: Bearer {token}")
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+class Wire:
+    """A raw connection: sends bytes, reads answers. Reading raises OSError once it is broken,
+    socket.timeout when nothing comes. `socket` is for what only sockets can do."""
+
+    def __init__(self, port, timeout=ANSWER_S, host="127.0.0.1"):
+        self._address, self._timeout = (host, port), timeout
+        self._connect()
+
+    def _connect(self):
+        self.socket = socket.create_connection(self._address, self._timeout)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._data, self._closing = b"", False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def fileno(self):
+        return self.socket.fileno()
+
+    # -- sending
+
+    def send(self, data, one_by_one=False, pause_s=0):
+        """Send bytes whole, or one by one with a pause behind each. What fails, the answer
+        tells: the server may answer and close before the end."""
+        with contextlib.suppress(OSError):
+            for piece in ([data[at:at + 1] for at in range(len(data))] if one_by_one else [data]):
+                self.socket.sendall(piece)
+                if pause_s:
+                    time.sleep(pause_s)
+        return self
+
+    def shut(self):
+        """Send no more, but go on reading."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def reset(self):
+        """Close as a process that crashes, so that the server gets an error."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self):
+        self.socket.close()
+
+    # -- reading
+
+    def answer(self, head_only=False):
+        """Return the next Answer; None at the end of the stream."""
+        while b"\r\n\r\n" not in self._data:
+            if not self._receive():
+                return None
+        head, _, self._data = self._data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        length = 0 if head_only else int(headers.get("Content-Length", 0))
+        while len(self._data) < length:
+            if not self._receive():
+                raise ConnectionResetError("the answer is cut short")
+        body, self._data = self._data[:length], self._data[length:]
+        self._closing = headers.get("Connection") == "close"
+        return Answer(int(first.split()[1]), headers, body)
+
+    def _receive(self):
+        more = self.socket.recv(1 << 18)
+        self._data += more
+        return bool(more)
+
+    def is_silent(self, seconds=0):
+        """Tell whether nothing came that was not read, and nothing comes for so long."""
+        return not self._data and not select.select([self.socket], [], [], seconds)[0]
+
+    def at_end(self):
+        """Tell whether the server closed."""
+        try:
+            return not self._data and self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return False
+
+    # -- both
+
+    def ask(self, method, path, body=b"", token=ADMIN, headers=()):
+        """Send a request and return its answer, on a new connection if the last answer closed
+        this one. Raises OSError if there is none."""
+        if self._closing:
+            self.close()
+            self._connect()
+        answer = self.send(request(method, path, body, token, headers)).answer(method == "HEAD")
+        if answer is None:
+            raise ConnectionResetError("the server closed")
+        return answer
+
+    def put(self, body, query="", queue=QUEUE):
+        return self.ask("POST", f"/in/{queue}{query}", body)
+
+    def take(self, query="", queue=QUEUE):
+        return self.ask("GET", f"/out/{queue}{query}")
+
+
+def ask(port, method, path, body=b"", token=ADMIN, headers=(), timeout=ANSWER_S):
+    """Make one request on a connection of its own; return the Answer."""
+    with Wire(port, timeout) as wire:
+        return wire.ask(method, path, body, token, headers)
+
+
+class Client:
+    """Puts and takes on a wire; the ledger is told all of it. One that goes on after a broken
+    connection gets a new wire. `key` makes of a message what the ledger is to call it."""
+
+    def __init__(self, wire, ledger, name="drain", key=bytes, durable=True):
+        self.wire, self.ledger, self.name = wire, ledger, name
+        self._key, self._durable = key, durable
+
+    def put(self, payload, query=""):
+        """Put a message; without an answer it is unknown what came of it. Unless `durable` is
+        false, what was settled before a put that is answered is on disk with it."""
+        key = self._key(payload)
+        self.ledger.sending(key)
+        with self.ledger.timing("a put"):
+            answer = self.wire.put(payload, query)
+        if answer.status == 200:
+            self.ledger.accepted(key, answer.id, self._durable)
+        else:
+            self.ledger.refused(key)
+        return answer
+
+    def take(self):
+        """Take a message; that this is answered says that the one before is settled."""
+        with self.ledger.timing("a take"):
+            answer = self.wire.take()
+        self.ledger.settled(self.name)
+        return self._delivered(answer)
+
+    def lease(self, seconds, wait_s=0):
+        """Take a message with a lease, waiting for one."""
+        with self.ledger.timing("a long poll", wait_s):
+            return self._delivered(self.wire.take(f"?lease={seconds}&wait={wait_s}"))
+
+    def _delivered(self, answer):
+        if answer.status == 200:
+            self.ledger.delivered(self.name, self._key(answer.body), answer.id, answer.count)
+        return answer
+
+    def end(self, action, lease):
+        """Ack or nack a lease. What is not answered 200 is back, at the latest after a start."""
+        with self.ledger.timing(f"a {action}"):
+            answer = self.wire.ask("POST", f"/{action}/{QUEUE}?lease={lease}")
+        acked = answer.status == 200 and action == "ack"
+        (self.ledger.settled if acked else self.ledger.returned)(self.name)
+        return answer
+
+    def drain(self, count=sys.maxsize):
+        """Take all there is, or `count` messages."""
+        while count and self.take().status == 200:
+            count -= 1
+
+
+# -- processes
+
+class ServerProcess:
+    """A server in a process of its own, on a free port; serving, once `wait_ready` says so.
+
+    `folder` gets its config and what it writes to stderr; `path` is the data folder. `settings`
+    stand above those of the example, `change` may alter the whole config. What runs is
+    `[*wrapper, python, *program, "-c", config]`: a wrapper must become the server, as `ip netns
+    exec` and `strace -D` do. `limits` has resource.RLIMIT_*; other options are Popen's."""
+
+    _running: List["ServerProcess"] = []
+
+    def __init__(self, folder, path="", *, settings=None, change=lambda config: None,
+                 program=(SERVER,), python=sys.executable, wrapper=(), host="127.0.0.1",
+                 limits=None, **options):
+        os.makedirs(folder, exist_ok=True)
+        self.path, self.host, self.port = path or os.path.join(folder, "data"), host, free_port()
+        self.config = os.path.join(folder, "config.json")
+        config = example_config(path=self.path, listen_port=self.port, **(settings or {}))
+        change(config)
+        with open(self.config, "w", encoding="utf-8") as file:
+            json.dump(config, file)
+        if limits:
+            options["preexec_fn"] = lambda: [resource.setrlimit(kind, (limit, limit))
+                                             for kind, limit in limits.items()]
+        self._log = os.path.join(folder, "stderr.txt")   # of all servers, for who looks later
+        with open(self._log, "ab") as file:              # a pipe that nobody reads would fill up
+            self._log_start = file.tell()
+            self.process = subprocess.Popen([*wrapper, python, *program, "-c", self.config],
+                                            stdout=file, stderr=file, **options)
+        self._running.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def wait_ready(self, seconds=START_S):
+        """Wait until it serves. Raises Fault if it ends or takes too long."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/readyz").status == 200:
+                    return self
+            time.sleep(0.002)
+        raise Fault(f"the server did not start (status {self.process.poll()}): "
+                    f"{self.stderr()[-2000:]}")
+
+    # -- talking
+
+    def wire(self, timeout=ANSWER_S):
+        return Wire(self.port, timeout, self.host)
+
+    def ask(self, method, path, body=b"", token=ADMIN, headers=(), timeout=ANSWER_S):
+        """Make one request on a connection of its own; return the Answer."""
+        with self.wire(timeout) as wire:
+            return wire.ask(method, path, body, token, headers)
+
+    def stderr(self):
+        """Return what it wrote so far."""
+        with open(self._log, "rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    def check_log(self):
+        """Raise Fault if there is a traceback in what it wrote."""
+        if "Traceback" in self.stderr():
+            raise Fault(f"a traceback: {self.stderr()[-3000:]}")
+
+    # -- ending
+
+    def wait_end(self, seconds=END_S):
+        """Return the exit status, None if it did not end in time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.process.returncode
+
+    def stop(self, number=signal.SIGTERM, seconds=END_S):
+        """Send a signal, unless it ended already, and return the exit status. Raises Fault if
+        it does not end."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        if self.wait_end(seconds) is None:
+            raise Fault(f"the server did not end within {seconds} s after signal {number}")
+        if self in self._running:
+            self._running.remove(self)
+        return self.process.returncode
+
+    def kill(self):
+        """Kill -9 it, if it still runs; return the exit status."""
+        return self.stop(signal.SIGKILL)
+
+    @classmethod
+    def kill_all(cls):
+        """Kill every server that was started here and still runs."""
+        for server in list(cls._running):
+            server.kill()
+
+    # -- what the system tells
+
+    def resident_bytes(self):
+        with open(f"/proc/{self.pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def thread_count(self):
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def cpu_seconds(self):
+        """Return what it used of a core, from its threads' schedstat where there is one: a tick
+        of 10 ms in 10 s is already the 0.1 % that an idle server may take."""
+        try:
+            total = 0
+            for task in os.listdir(f"/proc/{self.pid}/task"):
+                with open(f"/proc/{self.pid}/task/{task}/schedstat", encoding="ascii") as file:
+                    total += int(file.read().split()[0])
+            return total / 1e9
+        except OSError:
+            with open(f"/proc/{self.pid}/stat", encoding="ascii") as file:
+                fields = file.read().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# -- queues
+
+def drain(queue, subscriber="", settle=True, ledger=None, consumer="drain"):
+    """Take, and settle, until a queue has no more for a subscriber; return the messages. A
+    ledger is told of each."""
+    found = []
+    for delivery in iter(lambda: queue.take(subscriber), None):
+        found += delivery.messages
+        for message in delivery.messages if ledger else ():
+            ledger.delivered(consumer, message.payload, message.id, message.delivery)
+        if settle:
+            queue.settle(delivery)
+            if ledger:
+                ledger.settled(consumer)
+    return found
+
+
+def payloads(queue, subscriber="", settle=True):
+    """Empty a queue; return what was in it."""
+    return [message.payload for message in drain(queue, subscriber, settle)]
+
+
+def counts(queue, subscriber=""):
+    """Return how many messages are ready, leased and delayed."""
+    numbers = queue.numbers()["subscribers"][subscriber]
+    return numbers["ready"], numbers["leased"], numbers["delayed"]
+
+
+# -- insides: whatever else the tests and harnesses know of how the server does it
+
+def counts_now(queue, subscriber=""):
+    """As `numbers` of a subscriber, without letting time do its work first."""
+    return queue._numbers_locked(subscriber)
+
+
+def waiting_consumers(*queues):
+    """Return how many long polls wait."""
+    return sum(len(consumers.waiters) for queue in queues
+               for consumers in queue._consumers.values())
+
+
+def dying(queue):
+    """Return the (subscriber, id) of what is to be dead-lettered."""
+    return set(queue._dead)
+
+
+def knows_more_than_its_log(queue):
+    """Tell whether a full disk kept something out of the log that memory knows."""
+    return bool(queue._unlogged)
+
+
+def read_ahead_count(queue, subscriber=""):
+    """Return how many messages a subscription holds in memory because it read ahead."""
+    return len(queue.state.subscriptions[subscriber]._ahead)
+
+
+# ---- The tests' folder and its queues ------------------------------------------------------
+
+def setUpModule():
+    logging.disable(logging.CRITICAL)
+
+
+def tearDownModule():
+    logging.disable(logging.NOTSET)
 
 
 class Folder(unittest.TestCase):
@@ -149,177 +756,6 @@ class Folder(unittest.TestCase):
         os.makedirs(self.folder(name), exist_ok=True)
         with open(os.path.join(self.folder(name), "meta.json"), "w") as file:
             file.write(value if isinstance(value, str) else json.dumps(value))
-
-
-def drain(queue, settle=True):
-    """Take until the queue is empty; return [(id, payload)]."""
-    found = []
-    while True:
-        delivery = queue.take()
-        if delivery is None:
-            return found
-        found.extend((m.id, m.payload) for m in delivery.messages)
-        if settle:
-            queue.settle(delivery)
-
-
-def counts(queue, subscriber=""):
-    """Return how many messages are ready, leased and delayed."""
-    numbers = queue.numbers()["subscribers"][subscriber]
-    return numbers["ready"], numbers["leased"], numbers["delayed"]
-
-
-def payloads_of(queue, subscriber):
-    """Take and settle all that a subscriber has ready; return what it was."""
-    found = []
-    for delivery in iter(lambda: queue.take(subscriber), None):
-        found.append(delivery.messages[0].payload)
-        queue.settle(delivery)
-    return found
-
-
-def payloads(queue):
-    return [payload for _, payload in drain(queue)]
-
-
-class Ledger:
-    """What was sent, answered, delivered and settled, through any number of faults.
-
-    The yardstick of every harness: `faults` names each message that was lost, made up, altered,
-    delivered out of order, or delivered again without a reason. Times are counts of events. A
-    consumer is whoever has one delivery at a time: a connection, or a thread. Thread-safe."""
-
-    def __init__(self):
-        self._lock = threading.RLock()
-        self._now = 0
-        self._sent, self._answered, self._refused = {}, {}, set()
-        self._dropped, self._delayed = set(), set()
-        self._payload_of = {}                # id: payload
-        self._highest = 0                    # id that anyone was told
-        self._highest_when_sent = {}
-        self._out = {}                       # payload: [consumer, settled at or None]
-        self._open = {}                      # consumer: payloads of its last delivery
-        self._since_fault = set()            # payloads that were delivered since
-        self._last_id = {}                   # consumer: the last first delivery since the fault
-        self._synced = 0                     # what was settled before is durable
-        self._found = []
-
-    def _event(self):
-        self._now += 1
-        return self._now
-
-    # -- producers
-
-    def sending(self, payload, delayed=False):
-        """A put is about to begin; every payload is sent once. A delayed one keeps no order."""
-        with self._lock:
-            if delayed:
-                self._delayed.add(payload)
-            self._sent[payload] = self._event()
-            self._highest_when_sent[payload] = self._highest
-
-    def accepted(self, payload, message_id, durable=True):
-        """The put was answered 200; if `durable`, all that was settled before it is too."""
-        with self._lock:
-            self._answered[payload] = message_id
-            self._name(message_id, payload)
-            if message_id <= self._highest_when_sent[payload]:
-                self._found.append(f"id {message_id} of {payload[:40]!r} was told before its put")
-            if durable:
-                self._synced = max(self._synced, self._sent[payload])
-
-    def refused(self, payload):
-        """The put was answered with an error: nothing may come of it."""
-        with self._lock:
-            self._refused.add(payload)
-
-    def _name(self, message_id, payload):
-        if self._payload_of.setdefault(message_id, payload) != payload:
-            self._found.append(f"id {message_id} was used for {payload[:40]!r} and for "
-                               f"{self._payload_of[message_id][:40]!r}")
-        self._highest = max(self._highest, message_id)
-
-    # -- consumers
-
-    def delivered(self, consumer, payload, message_id, count=1):
-        with self._lock:
-            if payload not in self._sent:
-                self._found.append(f"made up or altered: {message_id} {payload[:40]!r}")
-            elif payload in self._refused:
-                self._found.append(f"refused, yet delivered: {message_id} {payload[:40]!r}")
-            self._name(message_id, payload)
-            before = self._out.get(payload)
-            if before and (before[1] is not None or (count == 1 and before[0] is not None)):
-                self._found.append(f"duplicated: {message_id} {payload[:40]!r}")
-            if before is None and count == 1 and payload not in self._delayed:
-                if message_id < self._last_id.get(consumer, 0):
-                    self._found.append(f"out of order: {message_id} after "
-                                       f"{self._last_id[consumer]} at {consumer}")
-                self._last_id[consumer] = message_id
-            self._out[payload] = [consumer, None]
-            self._since_fault.add(payload)
-            self._open.setdefault(consumer, []).append(payload)
-
-    def settled(self, consumer):
-        """What the consumer was delivered is known to be settled."""
-        with self._lock:
-            now = self._event()
-            for payload in self._open.pop(consumer, ()):
-                self._out[payload][1] = now
-
-    def returned(self, consumer):
-        """What the consumer was delivered is known to be back: lost if it is not seen again."""
-        with self._lock:
-            for payload in self._open.pop(consumer, ()):
-                if self._out.get(payload, (None,))[0] == consumer:   # no other has it by now
-                    del self._out[payload]
-
-    def dropping(self):
-        """All that was answered so far is about to be dropped: it may come, or not."""
-        with self._lock:
-            self._dropped.update(self._answered)
-            self._answered.clear()
-
-    def dropped(self):
-        """What was to be dropped is, and durably: it must not come any more."""
-        with self._lock:
-            self._refused |= self._dropped
-
-    def moved(self, payloads):
-        """These were found among the dead letters: a crash may repeat them there, no more."""
-        with self._lock:
-            self._found += [f"made up dead letter: {payload[:40]!r}" for payload in payloads
-                            if payload not in self._sent or payload in self._refused]
-            self._out.update({payload: [None, None] for payload in payloads})
-
-    def synced(self):
-        """All that was settled so far is durable."""
-        with self._lock:
-            self._synced = self._event()
-
-    # -- faults
-
-    def fault(self, power_cut=False):
-        """The server ended; after a power cut, settlements that were not synced may be gone."""
-        with self._lock:
-            self._open.clear()
-            self._last_id.clear()
-            while self._since_fault:
-                out = self._out.get(self._since_fault.pop())
-                if out and (out[1] is None or (power_cut and out[1] >= self._synced)):
-                    out[:] = [None, None]
-
-    def faults(self, drained=True):
-        """Return what went wrong, as lines; `drained` if every message was taken since."""
-        with self._lock:
-            lost = [f"lost: {message_id} {payload[:40]!r}"
-                    for payload, message_id in self._answered.items()
-                    if drained and payload not in self._out]
-            return self._found + lost
-
-    def __str__(self):
-        return (f"{len(self._sent)} sent, {len(self._answered)} answered, "
-                f"{len(self._out)} delivered")
 
 
 # ---- Config -------------------------------------------------------------------------------
@@ -588,8 +1024,7 @@ class RecoveryTest(Folder):
             if meta is not None:
                 self.put_meta(meta)
             queue = self.open()
-            found = drain(queue, settle=False)
-            self.assertEqual([p for _, p in found], wanted)
+            self.assertEqual(payloads(queue, settle=False), wanted)
             self.drop()
 
     def test_delivery_counts_survive_and_a_message_returns_to_its_place(self):
@@ -667,8 +1102,8 @@ class LegacyTest(Folder):
             shutil.rmtree(self.folder(), ignore_errors=True)
             self.write_log(data)
             self.put_meta({"head_offset": 11, "tail_offset": len(data)})
-            storage = FailingStorage()
-            storage.failing[call] = errno.EIO
+            storage = FakeStorage()
+            storage.fail(call, errno.EIO)
             with self.assertRaises((OSError, mq.CompactionFailed)):
                 self.open(storage=storage)
             self.drop()
@@ -678,18 +1113,18 @@ class LegacyTest(Folder):
 
 class AppendTest(Folder):
     def test_a_full_disk_refuses_the_put_and_leaves_the_log_whole(self):
-        for failure in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, "short"):
-            storage = FailingStorage()
+        for failure in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, SHORT):
+            storage = FakeStorage()
             queue = self.filled(b"one", storage=storage)
             before = self.read_log()
-            storage.failing["pwrite"] = failure
+            storage.fail("pwrite", failure)
             with self.assertRaises(mq.ApiError) as caught:
                 queue.put([b"two"])
             self.assertEqual(caught.exception.status, 503)
             self.assertEqual(self.read_log(), before)
             queue.settle(queue.take())       # takes go on, in memory
             self.assertEqual(payloads(queue), [])
-            storage.failing.clear()
+            storage.heal()
             self.assertTrue(queue.wants_compaction())
             queue.compact()                  # what memory knew is in the log now
             queue.put([b"three"])
@@ -700,12 +1135,12 @@ class AppendTest(Folder):
     def test_any_other_error_poisons_the_log(self):
         for call, failure in (("pwrite", errno.EIO), ("fdatasync", errno.EIO),
                               ("pwrite", errno.ESTALE), ("fdatasync", errno.ENOSPC)):
-            storage = FailingStorage()
+            storage = FakeStorage()
             queue = self.filled(b"one", fsync="always", storage=storage)
-            storage.failing[call] = failure
+            storage.fail(call, failure)
             with self.assertRaises(mq.LogFailed):
                 queue.put([b"two"])
-            storage.failing.clear()
+            storage.heal()
             del storage.calls[:]
             with self.assertRaises(mq.LogFailed):
                 queue.put([b"three"])
@@ -716,97 +1151,77 @@ class AppendTest(Folder):
             shutil.rmtree(self.folder())
 
     def test_a_failed_truncate_after_a_full_disk_poisons_the_log(self):
-        storage = FailingStorage()
+        storage = FakeStorage()
         queue = self.filled(b"one", storage=storage)
-        storage.failing.update(pwrite="short", truncate=errno.EIO)
+        storage.fail("pwrite", SHORT)
+        storage.fail("truncate", errno.EIO)
         with self.assertRaises(mq.LogFailed):
             queue.put([b"two"])
 
     def test_concurrent_puts_share_syncs_and_none_returns_before_its_own(self):
-        class Slow(FailingStorage):
-            def fdatasync(self, fd):
-                size = os.fstat(fd).st_size
-                time.sleep(0.005)
-                super().fdatasync(fd)
-                self.synced = size
+        storage, late, synced = FakeStorage(), [], []
 
-        storage = Slow()
+        def note_size(fd):
+            synced.append(os.fstat(fd).st_size)
+            time.sleep(0.005)
+
+        storage.before["fdatasync"] = note_size
         queue = self.open(fsync="always", storage=storage)
-        late = []
 
         def produce():
             for _ in range(10):
                 first, number = queue.append([b"x"])
-                end = queue.log.tail
                 queue.log.wait_durable(number)
-                if queue.log.durable < number:
+                end = empty + first * (mq.HEAD.size + 1)         # of what is told as durable
+                if queue.log.durable < number or synced[-1] < end:
                     late.append((first, end))
 
-        threads = [threading.Thread(target=produce) for _ in range(16)]
-        before = queue.log.syncs
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        before, empty = queue.log.syncs, queue.log.tail
+        together(*[produce] * 16)
         self.assertEqual(late, [])
         self.assertLess(queue.log.syncs - before, 160)
 
     def test_a_failing_sync_fails_every_waiter(self):
-        storage = FailingStorage()
+        storage = FakeStorage()
         queue = self.open(fsync="always", storage=storage)
-        storage.failing["fdatasync"] = errno.EIO
-        failures = []
+        storage.fail("fdatasync", errno.EIO)
 
         def produce():
-            try:
+            with self.assertRaises(mq.LogFailed):
                 queue.put([b"x"])
-            except mq.LogFailed:
-                failures.append(1)
 
-        threads = [threading.Thread(target=produce) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(len(failures), 8)
+        together(*[produce] * 8)
 
     def test_a_log_that_cannot_be_read_is_the_end(self):
-        storage = FailingStorage()
+        storage = FakeStorage()
         queue = self.filled(b"a", storage=storage)
-        storage.failing["pread"] = errno.EIO
+        storage.fail("pread", errno.EIO)
         with self.assertRaises(mq.LogFailed):
             queue.take()
-        storage.failing.clear()
+        storage.heal()
         with self.assertRaises(mq.LogFailed):
             queue.put([b"b"])
 
     def test_a_failing_sync_fails_whoever_syncs_at_the_same_time(self):
-        class OnceTold(FailingStorage):
-            """As the kernel: of two syncs of one descriptor, one is told of the error."""
+        first, second = threading.Lock(), threading.Event()
 
-            def fdatasync(self, fd):
-                if not first.acquire(blocking=False):
-                    second.set()
-                    return
-                second.wait(0.2)
-                raise OSError(errno.EIO, "broken")
+        def fail_once(_):
+            """As the kernel: of two syncs of one descriptor, one is told of the error."""
+            if not first.acquire(blocking=False):
+                second.set()
+                return
+            second.wait(0.2)
+            raise OSError(errno.EIO, "broken")
 
         queue = self.open(fsync="always")
-        first, second, failures = threading.Lock(), threading.Event(), []
-        queue.log.storage = OnceTold()
+        queue.log.storage = FakeStorage()
+        queue.log.storage.before["fdatasync"] = fail_once
 
         def sync():
-            try:
+            with self.assertRaises(mq.LogFailed):
                 queue.log.sync()
-            except mq.LogFailed:
-                failures.append(1)
 
-        threads = [threading.Thread(target=sync) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(len(failures), 2)
+        together(sync, sync)
 
 
 class LockTest(Folder):
@@ -928,12 +1343,12 @@ class WorstDayTest(Folder):
     def test_a_start_on_a_full_disk_does_not_forget_who_was_there(self):
         self.filled(b"a", b"b").close()
         self.queues.clear()
-        storage = FailingStorage()
-        storage.failing["pwrite"] = errno.ENOSPC
+        storage = FakeStorage()
+        storage.fail("pwrite", errno.ENOSPC)
         with self.assertRaises(mq.StorageError):
             self.open(subscribers=("x", "y"), storage=storage)
         queue = self.crash(subscribers=("x", "y"))
-        self.assertEqual((payloads_of(queue, "x"), payloads_of(queue, "y")),
+        self.assertEqual((payloads(queue, "x"), payloads(queue, "y")),
                          ([b"a", b"b"], [b"a", b"b"]))
 
     def test_a_start_whose_bookmark_fails_is_no_clean_stop(self):
@@ -941,8 +1356,8 @@ class WorstDayTest(Folder):
         queue.close()
         self.queues.clear()
         size = os.path.getsize(self.log_path())
-        storage = FailingStorage()
-        storage.failing["rename"] = errno.ENOSPC
+        storage = FakeStorage()
+        storage.fail("rename", errno.ENOSPC)
         queue = self.open(storage=storage)
         seen = queue.put([b"b"])
         self.drop()
@@ -950,13 +1365,13 @@ class WorstDayTest(Folder):
         self.assertGreater(self.open().put([b"c"]), seen)
 
     def test_a_compaction_does_not_forget_what_the_full_disk_refused(self):
-        clock, storage = FakeClock(), FailingStorage()
+        clock, storage = FakeClock(), FakeStorage()
         queue = self.filled(b"a", b"b", storage=storage, clock=clock)
         lease = queue.take(wish=mq.Wish(0, 0, 600)).lease
         compaction = mq.Compaction(queue, lambda: None)
-        storage.failing["pwrite"] = errno.ENOSPC
+        storage.fail("pwrite", errno.ENOSPC)
         queue.nack("", lease, 3600)
-        storage.failing.clear()
+        storage.heal()
         with self.assertRaises(mq.CompactionFailed):
             compaction.run()
         queue.compact()
@@ -1057,11 +1472,6 @@ class WorstDayTest(Folder):
             queue.settle(queue.take("a"))
             self.assertEqual(queue.state.held()[0], 3001)
             count.assert_not_called()
-
-
-def counts_now(queue, subscriber=""):
-    """As `counts`, without letting time do its work first."""
-    return queue._numbers_locked(subscriber)
 
 
 class Held:
@@ -1446,7 +1856,7 @@ class SubscriberTest(Folder):
     """Who gets what when the config changes between two starts."""
 
     def take_all(self, queue, *names):
-        return {name: payloads_of(queue, name) for name in names}
+        return {name: payloads(queue, name) for name in names}
 
     def test_a_new_subscriber_starts_from_now_on_and_one_that_left_holds_nothing(self):
         queue = self.filled(b"1", b"2", subscribers=("a", "b"))
@@ -1566,13 +1976,13 @@ class CompactionTest(Folder):
     def test_any_failure_before_the_rename_keeps_the_old_log(self):
         for call, failure in (("fsync", errno.EIO), ("pwrite", errno.ENOSPC),
                               ("pwrite", errno.EIO), ("rename", errno.EIO)):
-            storage = FailingStorage()
+            storage = FakeStorage()
             queue = self.filled(b"a", b"b", storage=storage)
             queue.settle(queue.take())
-            storage.failing[call] = failure
+            storage.fail(call, failure)
             with self.assertRaises(mq.CompactionFailed):
                 queue.compact()
-            storage.failing.clear()
+            storage.heal()
             self.assertFalse(os.path.exists(self.log_path() + ".tmp"))
             queue.put([b"c"])
             self.assertEqual(payloads(self.crash()), [b"b", b"c"])
@@ -1580,10 +1990,10 @@ class CompactionTest(Folder):
             shutil.rmtree(self.folder())
 
     def test_a_lack_of_descriptors_before_the_rename_keeps_the_old_log(self):
-        storage = FailingStorage()
+        storage = FakeStorage()
         queue = self.filled(b"a", b"b", storage=storage)
         compaction = mq.Compaction(queue, lambda: None)
-        storage.failing["open"] = errno.EMFILE
+        storage.fail("open", errno.EMFILE)
         with self.assertRaises(OSError):
             compaction.run()
         self.assertIsNone(queue.log.failure)
@@ -1816,15 +2226,6 @@ def longer(what, state, rng):
                 yield f"{what}, then {kind}", {**state, path: (number, data + tail)}
 
 
-class QuickStorage(mq.Storage):
-    """Storage without syncs, for states that no power cut follows."""
-
-    def fdatasync(self, fd):
-        pass
-
-    fsync = fdatasync
-
-
 class UnseededCodec(mq.Codec):
     """Records whose crc tells neither the log nor the place."""
 
@@ -2021,7 +2422,7 @@ class CrashStateTest(Folder):
         self.restore(state)
         clock = FakeClock()
         clock.wall += 1_000_000              # delays are over
-        options = {"storage": QuickStorage(), "fsync": "always", "clock": clock}
+        options = {"storage": FakeStorage(quick=True), "fsync": "always", "clock": clock}
         ledgers = {name: self.ledger_of(name, marks) for name in self.subscribers}
         faults = []
         try:
@@ -2265,49 +2666,6 @@ class CrashStateTest(Folder):
 
 # ---- HTTP ---------------------------------------------------------------------------------
 
-class Wire:
-    """A raw connection: sends bytes, reads answers."""
-
-    def __init__(self, port):
-        self.socket = socket.create_connection(("127.0.0.1", port), 10)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.data = b""
-
-    def send(self, data, one_by_one=False):
-        try:
-            for piece in ([data[at:at + 1] for at in range(len(data))] if one_by_one else [data]):
-                self.socket.sendall(piece)
-        except OSError:
-            pass                             # the server may answer and close before the end
-        return self
-
-    def answer(self, head_only=False):
-        """Return (status, headers, body) of the next answer; None at the end of the stream."""
-        while b"\r\n\r\n" not in self.data:
-            more = self.socket.recv(65536)
-            if not more:
-                return None
-            self.data += more
-        head, _, self.data = self.data.partition(b"\r\n\r\n")
-        lines = head.decode().split("\r\n")
-        headers = dict(line.split(": ", 1) for line in lines[1:])
-        length = 0 if head_only else int(headers.get("Content-Length", 0))
-        while len(self.data) < length:
-            self.data += self.socket.recv(65536)
-        body, self.data = self.data[:length], self.data[length:]
-        return int(lines[0].split()[1]), headers, body
-
-    def at_end(self):
-        """Tell whether the server closed."""
-        try:
-            return not self.data and self.socket.recv(1) == b""
-        except ConnectionResetError:
-            return False
-
-    def close(self):
-        self.socket.close()
-
-
 class ServerTest(Folder):
     """A server in this process, on port 0."""
 
@@ -2371,15 +2729,6 @@ class ServerTest(Folder):
         if expect is not None:
             self.assertEqual(response.status, expect, (method, path, data))
         return response.headers, data
-
-
-def request(method, path, body=b"", token=ADMIN, headers=(), version="1.1"):
-    lines = [f"{method} {path} HTTP/{version}", "Host: x", *headers]
-    if token:
-        lines.append(f"Authorization: Bearer {token}")
-    if body:
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 class ApiTest(ServerTest):
@@ -2845,14 +3194,14 @@ class ConsumptionTest(ServerTest):
 
     def test_dead_letters_wait_where_they_are_while_the_disk_is_full(self):
         dead = self.broker.queues["dead"]
-        storage = dead.log.storage = FailingStorage()
-        storage.failing["pwrite"] = errno.ENOSPC
+        storage = dead.log.storage = FakeStorage()
+        storage.fail("pwrite", errno.ENOSPC)
         self.put(b"bad")
         for _ in range(3):
             self.call("POST", f"/nack/fetcher?lease={self.lease()[0]}")
         self.broker._move_dead_letters(self.queue)
         self.assertEqual((counts(self.queue), counts(dead)), ((0, 1, 0), (0, 0, 0)))
-        storage.failing.clear()
+        storage.heal()
         self.broker._move_dead_letters(self.queue)
         self.assertEqual((counts(self.queue), counts(dead)), ((0, 0, 0), (1, 0, 0)))
 
@@ -3213,8 +3562,8 @@ class DurableServerTest(ServerTest):
         self.assertEqual(len(payloads(self.queue)), 100)
 
     def test_a_failed_sync_is_no_200(self):
-        self.queue.log.storage = FailingStorage()
-        self.queue.log.storage.failing["fdatasync"] = errno.EIO
+        self.queue.log.storage = FakeStorage()
+        self.queue.log.storage.fail("fdatasync", errno.EIO)
         wire = self.wire().send(request("POST", "/in/fetcher", b"x"))
         self.eventually(lambda: self.failures)
         wire.socket.setblocking(False)

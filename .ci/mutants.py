@@ -57,6 +57,9 @@ MUTANTS = [
          "                pass\n            except"),), (
         "AppendTest.test_any_other_error_poisons_the_log",
         "DurableServerTest.test_a_failed_sync_is_no_200")),
+    Mutant("a sync that counts for what was written after it began", (
+        ("self.durable = max(self.durable, target)", "self.durable = self.appends"),), (
+        "AppendTest.test_concurrent_puts_share_syncs_and_none_returns_before_its_own",)),
     Mutant("a failed sync that is forgotten", (
         ("self.failure = self.failure or failure", "pass"),), (
         "AppendTest.test_any_other_error_poisons_the_log",)),
