@@ -517,10 +517,12 @@ class ServerProcess:
                  program=(SERVER,), python=sys.executable, wrapper=(), host="127.0.0.1",
                  limits=None, **options):
         os.makedirs(folder, exist_ok=True)
-        self.path, self.host, self.port = path or os.path.join(folder, "data"), host, free_port()
+        self.path, self.host = path or os.path.join(folder, "data"), host
         self.config = os.path.join(folder, "config.json")
-        config = example_config(path=self.path, listen_port=self.port, **(settings or {}))
+        config = example_config(**{"path": self.path, "listen_port": free_port(),
+                                   **(settings or {})})
         change(config)
+        self.port = config["settings"]["listen_port"]
         with open(self.config, "w", encoding="utf-8") as file:
             json.dump(config, file)
         if limits:
@@ -3530,50 +3532,21 @@ class DurableServerTest(ServerTest):
 # ---- main ---------------------------------------------------------------------------------
 
 class Processes(Folder):
-    """Real server processes."""
+    """Real server processes, one after the other on one folder."""
 
-    def config(self, **settings):
-        with open(os.path.join(HERE, "config.example.json")) as file:
-            value = json.load(file)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        value["settings"].update(path=os.path.join(self.base, "data"), listen_port=self.port,
-                                 **settings)
-        path = os.path.join(self.base, "config.json")
-        with open(path, "w") as file:
-            json.dump(value, file)
-        return path
+    def start(self, **options):
+        """Start a server and wait until it is ready."""
+        self.server = ServerProcess(self.base, **options)
+        self.addCleanup(self.server.kill)
+        return self.server.wait_ready()
 
-    def start(self, path):
-        process = subprocess.Popen([sys.executable, SERVER, "-c", path],
-                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        self.addCleanup(self.end, process)
-        self.wait_ready()
-        return process
-
-    def end(self, process):
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-    def wait_ready(self):
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if self.ask("GET", "/readyz")[0] == 200:
-                    return
-            time.sleep(0.02)
-        self.fail("the server did not become ready")
-
-    def ask(self, method, path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request(method, path, body, {"Authorization": f"Bearer {ADMIN}"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+    def run_code(self, code):
+        """Start a server whose module a test changed: `code` runs first, with it as `mq`."""
+        program = (f"import errno, os, sys, threading\nsys.path.insert(0, {HERE!r})\n"
+                   f"import micro_queue as mq\n{code}\nsys.exit(mq.main())")
+        server = ServerProcess(self.base, program=("-c", program))
+        self.addCleanup(server.kill)
+        return server
 
     def run_main(self, *arguments):
         done = subprocess.run([sys.executable, SERVER, *arguments], timeout=20,
@@ -3583,149 +3556,148 @@ class Processes(Folder):
 
 class ProcessTest(Processes):
     def test_exit_codes_and_one_line_for_each_mistake(self):
-        path = self.config()
+        path = os.path.join(self.base, "config.json")
+        with open(path, "w") as file:
+            json.dump(example_config(path=self.folder("data")), file)
         self.assertEqual(self.run_main("-c", path, "--check")[0], 0)
         self.assertEqual(self.run_main("--version")[0], 0)
         self.assertEqual(self.run_main()[0], 2)
-        for file, code in ((os.path.join(self.base, "none.json"), 1), (SERVER, 1)):
+        for file, code in ((self.folder("none.json"), 1), (SERVER, 1)):
             status, text = self.run_main("-c", file)
             self.assertEqual((status, text.count("\n")), (code, 1), text)
-        os.makedirs(os.path.join(self.base, "data", "fetcher"), mode=0o700)
-        with open(os.path.join(self.base, "data", "fetcher", "data.log"), "wb") as file:
-            file.write(b"something else")
+        self.write_log(b"something else", "data/fetcher")
+        os.chmod(self.folder("data/fetcher"), 0o700)
         status, text = self.run_main("-c", path)
         self.assertEqual(status, 3)
         self.assertNotIn("Traceback", text)
 
     def test_a_second_start_on_the_folder_fails_and_names_it(self):
-        path = self.config()
-        self.start(path)
-        status, text = self.run_main("-c", path)
+        status, text = self.run_main("-c", self.start().config)
         self.assertEqual(status, 3)
-        self.assertIn(os.path.join(self.base, "data"), text)
+        self.assertIn(self.server.path, text)
         self.assertEqual(text.count("\n"), 1)
 
     def test_sigterm_drains_and_marks_a_clean_stop(self):
-        process = self.start(self.config())
-        self.ask("POST", "/in/fetcher", b"x")
-        idle = socket.create_connection(("127.0.0.1", self.port))
-        self.addCleanup(idle.close)
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(10), 0)
-        with open(os.path.join(self.base, "data", "fetcher", "meta.json")) as file:
+        server = self.start()
+        server.ask("POST", "/in/fetcher", b"x")
+        with server.wire():                  # an idle one
+            self.assertEqual(server.stop(seconds=10), 0)
+        with open(self.folder("data/fetcher/meta.json")) as file:
             self.assertTrue(json.load(file)["clean"])
-        self.assertNotIn(b"Traceback", process.stderr.read())
+        server.check_log()
 
     def test_kill_9_loses_nothing_that_was_answered(self):
-        seed = 1
-        rng, path = random.Random(seed), self.config()
-        answered, taken, attempted = set(), [], set()
-        lock = threading.Lock()
-        for _ in range(4):
-            process = self.start(path)
-            dead = threading.Event()
+        rng, ledger, numbers = random.Random(SEED), Ledger(), itertools.count()
 
-            def produce(name, dead=dead):
-                number = 0
-                while not dead.is_set():
-                    body = b"%b-%06d" % (name, number)
-                    number += 1
-                    with lock:
-                        attempted.add(body)
-                    try:
-                        if self.ask("POST", "/in/fetcher", body)[0] == 200:
-                            with lock:
-                                answered.add(body)
-                    except (OSError, http.client.HTTPException):
-                        pass
+        def produce(client):
+            while True:
+                client.put(b"%06d" % next(numbers))
 
-            def consume(dead=dead):
-                while not dead.is_set():
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        status, body = self.ask("GET", "/out/fetcher")
-                        if status == 200:
-                            with lock:
-                                taken.append(body)
+        def consume(client):
+            while True:
+                client.take()
 
-            names = [b"%d-%d" % (rng.randrange(10**9), n) for n in range(4)]
-            threads = [threading.Thread(target=produce, args=(name,)) for name in names]
-            threads += [threading.Thread(target=consume) for _ in range(3)]
-            for thread in threads:
-                thread.start()
+        def until_the_end(work, server, name):
+            with contextlib.suppress(ConnectionError), server.wire() as wire:
+                work(Client(wire, ledger, name))
+
+        def kill(server):
             time.sleep(0.3 + rng.random() * 0.3)
-            process.kill()
-            dead.set()
-            for thread in threads:
-                thread.join()
-            self.end(process)
-        self.start(path)
-        rest = []
-        while True:
-            status, body = self.ask("GET", "/out/fetcher")
-            if status == 404:
-                break
-            rest.append(body)
-        self.assertEqual(answered - set(taken) - set(rest), set(), f"lost, seed {seed}")
-        self.assertEqual((set(taken) | set(rest)) - attempted, set(), "never sent")
-        doubled = len(taken) + len(rest) - len(set(taken) | set(rest))
-        self.assertLessEqual(doubled, 4 * 3, "more doubled than takes were under way")
-        for name in {body.rsplit(b"-", 1)[0] for body in rest}:
-            own = [body for body in rest if body.startswith(name + b"-")]
-            self.assertEqual(own, sorted(own))
+            server.kill()
+
+        for _ in range(4):
+            server = self.start()
+            works = [functools.partial(until_the_end, work, server, f"{work.__name__}-{number}")
+                     for work, count in ((produce, 4), (consume, 3)) for number in range(count)]
+            together(*works, functools.partial(kill, server))
+            ledger.fault()
+        with self.start().wire() as wire:
+            Client(wire, ledger).drain()
+        self.assertEqual(ledger.faults(), [], f"seed {SEED}")
+        self.assertGreater(ledger.answered_count, 0)
 
     def test_a_failing_disk_ends_the_process_without_a_200(self):
-        code = (
-            "import sys, errno, os\n"
-            f"sys.argv = ['x', '-c', {self.config()!r}]; sys.path.insert(0, {HERE!r})\n"
-            "import micro_queue as mq\n"
+        server = self.run_code(
             "def fail(fd):\n"
             "    if os.fstat(fd).st_size > 90: raise OSError(errno.EIO, 'broken')\n"
-            "mq.Storage.fdatasync = staticmethod(fail)\n"
-            "sys.exit(mq.main())\n")
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-        self.addCleanup(self.end, process)
-        self.wait_ready()
-        with self.assertRaises((OSError, http.client.HTTPException)):
-            self.ask("POST", "/in/fetcher", b"x")
-        self.assertEqual(process.wait(10), 4)
-        self.assertNotIn(b"Traceback", process.stderr.read())
+            "mq.Storage.fdatasync = staticmethod(fail)").wait_ready()
+        with self.assertRaises(ConnectionError):
+            server.ask("POST", "/in/fetcher", b"x")
+        self.assertEqual(server.wait_end(10), 4)
+        server.check_log()
 
     def test_a_start_without_threads_ends_with_one_line(self):
-        code = (
-            "import sys, threading\n"
-            f"sys.argv = ['x', '-c', {self.config()!r}]; sys.path.insert(0, {HERE!r})\n"
-            "import micro_queue as mq\n"
-            "def fail(thread): raise RuntimeError('no thread')\n"
-            "threading.Thread.start = fail\n"
-            "sys.exit(mq.main())\n")
-        done = subprocess.run([sys.executable, "-c", code], timeout=20, capture_output=True)
-        self.assertEqual(done.returncode, 3)
-        self.assertTrue(done.stderr.endswith(b"\nmicro_queue: cannot start: no thread\n"))
-        self.assertNotIn(b"Traceback", done.stderr)
+        server = self.run_code("def fail(thread): raise RuntimeError('no thread')\n"
+                               "threading.Thread.start = fail")
+        self.assertEqual(server.wait_end(20), 3)
+        self.assertTrue(server.stderr().endswith("\nmicro_queue: cannot start: no thread\n"))
+        server.check_log()
 
     @unittest.skipUnless(os.geteuid() == 0, "mounting a tmpfs needs root")
     def test_a_full_disk_refuses_puts_until_there_is_space_again(self):
-        data = os.path.join(self.base, "data")
+        data = self.folder("data")
         os.mkdir(data, 0o700)
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", data],
                                  stderr=subprocess.DEVNULL)
         if mounted.returncode:
             self.skipTest("mount is not allowed here")
         self.addCleanup(subprocess.run, ["umount", "-l", data])
-        process = self.start(self.config(min_free_bytes=65536))
-        count = 0
-        while self.ask("POST", "/in/fetcher", b"%06d" % count + bytes(20_000))[0] == 200:
-            count += 1
-        self.assertGreater(count, 20)
-        for number in range(count):
-            status, body = self.ask("GET", "/out/fetcher")
-            self.assertEqual((status, body[:6]), (200, b"%06d" % number))
-        self.assertEqual(self.ask("GET", "/compact/fetcher")[0], 200)
-        self.assertEqual(self.ask("POST", "/in/fetcher", b"again")[0], 200)
-        process.kill()
-        process.wait()
-        self.start(self.config(min_free_bytes=65536))
-        self.assertEqual(self.ask("GET", "/out/fetcher")[1], b"again")
+        server, count = self.start(settings={"min_free_bytes": 65536}), 0
+        with server.wire() as wire:
+            while wire.put(b"%06d" % count + bytes(20_000)).status == 200:
+                count += 1
+            self.assertGreater(count, 20)
+            for number in range(count):
+                answer = wire.take()
+                self.assertEqual((answer.status, answer.body[:6]), (200, b"%06d" % number))
+            self.assertEqual(wire.ask("GET", "/compact/fetcher").status, 200)
+            self.assertEqual(wire.put(b"again").status, 200)
+        server.kill()
+        again = self.start(settings={"min_free_bytes": 65536}).ask("GET", "/out/fetcher")
+        self.assertEqual(again.body, b"again")
+
+
+class KitTest(Processes):
+    """What the kit promises and no other test would miss."""
+
+    def test_a_ledger_names_an_answer_that_came_too_late(self):
+        ledger = Ledger(limit_s=0.5)
+        ledger.answered_in("a put", 0.4)
+        with ledger.timing("a long poll", wait_s=9):
+            pass
+        self.assertEqual((ledger.faults(), ledger.latest_s), ([], 0.4))
+        with contextlib.suppress(OSError), ledger.timing("a take"):
+            raise OSError("no answer at all is another matter")
+        ledger.answered_in("a take", 0.6)
+        self.assertEqual(ledger.faults(), ["late: a take was answered in 0.600 s, not 0.5 s"])
+
+    def test_a_storage_fails_from_the_call_on_that_it_was_told(self):
+        storage = FakeStorage()
+        queue = self.filled(b"a", storage=storage)
+        storage.fail("pwrite", errno.ENOSPC, at=2)
+        queue.put([b"b"])
+        for _ in range(2):
+            with self.assertRaises(mq.ApiError):
+                queue.put([b"c"])
+        storage.heal()
+        queue.put([b"d"])
+        self.assertEqual(payloads(queue), [b"a", b"b", b"d"])
+        self.assertEqual(storage.calls.count("truncate"), 2)
+
+    def test_a_process_tells_of_itself_and_ends_as_it_is_told(self):
+        server = self.start(limits={resource.RLIMIT_NOFILE: 200}, wrapper=("env",),
+                            settings={"max_connections": 10},
+                            env={**os.environ, "MODE_DEBUG": "1"})
+        self.assertEqual(server.ask("GET", "/healthz").status, 200)
+        with open(f"/proc/{server.pid}/limits") as file:
+            self.assertRegex(file.read(), r"Max open files +200 +200")
+        self.assertGreater(server.resident_bytes(), 1 << 20)
+        self.assertGreater(server.cpu_seconds(), 0)
+        self.assertGreater(server.thread_count(), 1)
+        eventually(lambda: "action=readyz" in server.stderr())
+        self.assertEqual((server.kill(), server.stop()), (-signal.SIGKILL, -signal.SIGKILL))
+        with self.assertRaises(OSError):
+            server.ask("GET", "/healthz")
 
 
 # ---- Documents ----------------------------------------------------------------------------
@@ -3739,9 +3711,8 @@ class ShellConsumerTest(Processes):
             script = re.search(r"```sh\n(#!/bin/sh\n.*?)```", file.read(), re.DOTALL)[1]
         if not shutil.which("curl"):
             self.skipTest("needs curl")
-        path = self.config()
-        self.server = self.start(path)
-        script = script.replace("127.0.0.1:10000", f"127.0.0.1:{self.port}")
+        self.start()
+        script = script.replace("127.0.0.1:10000", f"127.0.0.1:{self.server.port}")
         self.write("consumer", script)
         self.done = os.path.join(self.base, "done")
         self.write("work", f"#!/bin/sh\ncat >> {self.done}\n")
@@ -3769,35 +3740,31 @@ class ShellConsumerTest(Processes):
     def test_killed_at_any_point_every_message_is_done_or_back(self):
         sent = [f"m{number}" for number in range(60)]
         for message in sent:
-            self.assertEqual(self.ask("POST", "/in/fetcher", message + "\n")[0], 200)
+            body = (message + "\n").encode()
+            self.assertEqual(self.server.ask("POST", "/in/fetcher", body).status, 200)
         rng = random.Random(SEED)
         for _ in range(12):
             consumer = self.consumer()
             time.sleep(rng.uniform(0, 0.2))
             self.end_consumers(consumer)
         done = self.finished()
-        self.server.terminate()              # which ends all leases
-        self.server.wait(10)
-        self.start(os.path.join(self.base, "config.json"))
-        back = self.ask("GET", "/peek/fetcher?max=1000")[1].decode().split()
+        port = self.server.port              # which the consumers know
+        self.server.stop()                   # which ends all leases
+        self.start(settings={"listen_port": port})
+        back = self.server.ask("GET", "/peek/fetcher?max=1000").body.decode().split()
         self.assertEqual(set(done) | set(back), set(sent))
         self.assertTrue(back, "nothing was left to be killed at")
         workers = [self.consumer() for _ in range(3)]
         self.addCleanup(self.end_consumers, *workers)
-        deadline = time.monotonic() + 20
-        while set(self.finished()) != set(sent):
-            self.assertLess(time.monotonic(), deadline, "not all was done")
-            time.sleep(0.05)
+        eventually(lambda: set(self.finished()) == set(sent), 20, "not all was done")
 
     def test_what_work_fails_at_comes_back_later(self):
         self.write("work", "#!/bin/sh\nexit 1\n")
-        self.ask("POST", "/in/fetcher", "bad")
+        self.server.ask("POST", "/in/fetcher", b"bad")
         consumer = self.consumer()
         self.addCleanup(self.end_consumers, consumer)
-        deadline = time.monotonic() + 10
-        while json.loads(self.ask("GET", "/stats/fetcher")[1])["delayed"] != 1:
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.05)
+        eventually(lambda: json.loads(
+            self.server.ask("GET", "/stats/fetcher").body)["delayed"] == 1)
 
 
 class DocumentTest(unittest.TestCase):
@@ -3827,7 +3794,7 @@ class DocumentTest(unittest.TestCase):
 
     def test_the_example_of_a_larger_config_is_valid(self):
         text = re.search(r"^```json\n(.*?)^```", self.readme, re.M | re.S)[1]
-        config = mq.parse_config(json.loads(text, object_pairs_hook=mq._Object.of_pairs))
+        config = parse_config(text)
         self.assertEqual(config.subscribers(config.queues[2]), ("worker",))
 
     def test_every_curl_line_works_as_it_stands(self):
@@ -3838,22 +3805,9 @@ class DocumentTest(unittest.TestCase):
                 self.skipTest("port 10000 is taken")
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
-        with open(os.path.join(HERE, "config.example.json")) as file:
-            text = file.read().replace("/tmp/queue", folder)
-        with open(os.path.join(folder, "config.json"), "w") as file:
-            file.write(text)
-        server = subprocess.Popen([sys.executable, SERVER, "-c", file.name],
-                                  stderr=subprocess.DEVNULL)
-        self.addCleanup(server.wait)
+        server = ServerProcess(folder, settings={"listen_port": 10000})
         self.addCleanup(server.kill)
-        for _ in range(200):
-            with contextlib.suppress(OSError):
-                ready = http.client.HTTPConnection("127.0.0.1", 10000, timeout=10)
-                self.addCleanup(ready.close)
-                ready.request("GET", "/readyz")
-                if ready.getresponse().status == 200:
-                    break
-            time.sleep(0.05)
+        server.wait_ready()
         blocks = [block for block in re.findall(r"^```sh\n(.*?)^```", self.readme, re.M | re.S)
                   if "http://127.0.0.1:10000/" in block]
         found = [subprocess.run(block, shell=True, capture_output=True, timeout=20)
@@ -3863,7 +3817,7 @@ class DocumentTest(unittest.TestCase):
         self.assertIn(b'messages_out_total{queue_name="fetcher"} 1', found[2].stdout)
         self.assertEqual(found[3].stdout, b'{"n": 1}\n{"n": 2}\n')
         for name in ("fetcher/data.log", "fetcher/meta.json", "manager-reload"):
-            self.assertTrue(os.path.exists(os.path.join(folder, name)), name)
+            self.assertTrue(os.path.exists(os.path.join(server.path, name)), name)
 
 
 if __name__ == "__main__":
