@@ -45,6 +45,7 @@ ADMIN = "de9d7b0a-8bee-47e4-887c-bdb799533733"
 SEED = int(os.environ.get("SEED", "1"))      # of everything that is random here
 TORTURE = bool(os.environ.get("TORTURE"))    # many more of it, for hours
 ANSWER_S, START_S, END_S = 10, 60, 60        # how long a test waits for each of these
+LATE_S = 10                                  # an answer that takes longer is a harness's fault
 SHORT = "short"                              # in place of an errno: only half is written
 
 
@@ -52,7 +53,7 @@ class Fault(Exception):
     """The server did what it must not do; one line a finding."""
 
 
-def eventually(condition, seconds=10, what="did not happen"):
+def eventually(condition, seconds=10, what="did not happen", pause_s=0.002):
     """Wait until a condition holds; return what it gave. Raises Fault."""
     deadline = time.monotonic() + seconds
     while True:
@@ -61,7 +62,7 @@ def eventually(condition, seconds=10, what="did not happen"):
             return found
         if time.monotonic() > deadline:
             raise Fault(f"{what} within {seconds} s")
-        time.sleep(0.002)
+        time.sleep(pause_s)
 
 
 def together(*works):

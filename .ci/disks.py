@@ -23,7 +23,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,9 +30,10 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from power_cuts import (BROKEN, MIB, QUEUE, SERVER, Answer, Disk, Fault, Payloads, Server, Skipped,
-                        Wire, check, need, put, run, take, work_folder)
-from test_micro_queue import ADMIN, Ledger
+from power_cuts import (ANSWER_TIMEOUT_S, MIB, Disk, Payloads, Skipped, check, client, need, run,
+                        work_folder)
+from test_micro_queue import (LATE_S, QUEUE, SERVER, Answer, Client, Fault, Ledger, ServerProcess,
+                              Wire, eventually, request, together)
 
 KIB = 1 << 10
 TINY = {"tmpfs": 4 * MIB, "ext4": 8 * MIB}
@@ -47,8 +47,7 @@ PAUSE_S = 2                      # how long a pause is watched
 PAUSE_CPU_SHARE = 0.1            # of a core; a spin takes all of it
 HARD_THREADS = 1000
 SLOW_CLIENTS = 6                 # more than the threads that a quiet server has
-HALF_A_PUT = (f"POST /in/{QUEUE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n"
-              "Content-Length: 10\r\n\r\nhalf").encode()
+HALF_A_PUT = request("POST", f"/in/{QUEUE}", b"whole")[:-3]
 SOMEBODY = 54_321                # a user that nobody is: no process of another counts as theirs
 
 
@@ -63,37 +62,35 @@ class Scene:
     def __init__(self, figures: "Figures", folder: str, path: str, rng: random.Random, *,
                  logged: bool = True, settings: Optional[Dict[str, Any]] = None,
                  **options: Any) -> None:
-        self.path, self.rng, self.ledger = path, rng, Ledger()
+        self.path, self.rng, self.ledger = path, rng, Ledger(LATE_S)
         self._figures, self._folder = figures, folder
         self._logged, self._options = logged, options
         self._settings = {"fsync": "always", "min_free_bytes": 0, **(settings or {})}
         self._payloads = [Payloads(f"p{number}", random.Random(rng.random()), 256 * KIB)
                           for number in range(PRODUCERS)]
         self._ballast = os.path.join(os.path.dirname(path), "ballast")
-        self.server: Optional[Server] = None
 
     def __enter__(self) -> "Scene":
         self.start()
         return self
 
     def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
-        assert self.server
         status = self.server.process.poll()
         self.server.kill()
-        self._figures.answered += len(self.ledger._answered)
-        if isinstance(error, BROKEN):
+        self._figures.answered += self.ledger.answered_count
+        if isinstance(error, OSError):
             raise Fault(f"{error!r}; the server's status was {status}, and it said: "
                         f"{self.server.stderr()[-2000:]}")
 
     # -- life
 
     def start(self) -> None:
-        self.server = Server(self._folder, self.path, settings=self._settings, **self._options)
+        self.server = ServerProcess(self._folder, self.path, settings=self._settings,
+                                    **self._options)
         self.server.wait_ready()
 
     def kill(self) -> None:
         """Kill -9, and see that there was no traceback until then."""
-        assert self.server
         self.server.kill()
         self.server.check_log()
         self.ledger.fault(power_cut=not self._logged)
@@ -113,7 +110,6 @@ class Scene:
 
     def expect_end(self, status: int) -> None:
         """The process must end by itself."""
-        assert self.server
         found = self.server.wait_end(END_TIMEOUT_S)
         if found != status:
             raise Fault(f"status {found} instead of {status}: {self.server.stderr()[-1000:]}")
@@ -122,23 +118,25 @@ class Scene:
 
     # -- messages
 
-    def wire(self) -> Wire:
-        assert self.server
-        return Wire(self.server.port)
+    @contextlib.contextmanager
+    def client(self, name: str = "drain") -> Iterator[Client]:
+        """Open a connection for puts and takes."""
+        with self.server.wire(ANSWER_TIMEOUT_S) as wire:
+            yield client(wire, self.ledger, name, durable=self._logged)
 
-    def put(self, wire: Wire, number: int = 0) -> Answer:
+    def put(self, producer: Client, number: int = 0) -> Answer:
         """Put one message; 200, or 503 with the time to wait, is all there may be."""
-        answer = put(wire, self.ledger, self._payloads[number].next(), durable=self._logged)
+        answer = producer.put(self._payloads[number].next())
         if answer.status == 503:
             self._figures.refused += 1
-        if (answer.status, answer.retry_after) not in ((200, ""), (503, "5")):
+        if (answer.status, answer.headers.get("Retry-After")) not in ((200, None), (503, "5")):
             raise Fault(f"a put was answered {answer}")
         return answer
 
     def put_some(self, count: int = 50) -> None:
-        with self.wire() as wire:
+        with self.client() as producer:
             for _ in range(count):
-                if self.put(wire).status != 200:
+                if self.put(producer).status != 200:
                     raise Fault("a put was refused while there is room")
 
     def fill(self) -> None:
@@ -156,36 +154,24 @@ class Scene:
         self._fill_all()
 
     def _fill_all(self) -> None:
-        problems: List[BaseException] = []
-        threads = [threading.Thread(target=self._fill, args=(number, problems))
-                   for number in range(PRODUCERS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if problems:
-            raise problems[0]
+        together(*[lambda number=number: self._fill(number)  # type: ignore[misc]
+                   for number in range(PRODUCERS)])
 
-    def _fill(self, number: int, problems: List[BaseException]) -> None:
+    def _fill(self, number: int) -> None:
         refused = 0
-        try:
-            with self.wire() as wire:
-                while refused < REFUSED_IN_A_ROW:
-                    refused = refused + 1 if self.put(wire, number).status == 503 else 0
-        except (Fault, *BROKEN) as problem:
-            problems.append(problem)
+        with self.client() as producer:
+            while refused < REFUSED_IN_A_ROW:
+                refused = refused + 1 if self.put(producer, number).status == 503 else 0
 
     def drain(self, count: int = sys.maxsize) -> None:
-        with self.wire() as wire:
-            while count and take(wire, self.ledger, "drain").status == 200:
-                count -= 1
-            wire.ask("GET", "/healthz")              # this too comes after the last settlement
-            self.ledger.settled("drain")
+        with self.client() as consumer:
+            consumer.drain(count)
+            consumer.wire.ask("GET", "/healthz")     # this too comes after the last settlement
+            self.ledger.settled(consumer.name)
 
     def compact(self) -> bool:
         """Ask for a compaction; after it all that was settled is durable."""
-        with self.wire() as wire:
-            answer = wire.ask("GET", f"/compact/{QUEUE}")
+        answer = self.server.ask("GET", f"/compact/{QUEUE}", timeout=ANSWER_TIMEOUT_S)
         if answer.status == 200:
             self.ledger.synced()
         elif answer.status != 503:
@@ -197,14 +183,10 @@ class Scene:
         asks = not self._logged or self.rng.random() < 0.5
         if not self._logged:
             os.unlink(self._ballast)
-        deadline = time.monotonic() + RESUME_TIMEOUT_S
-        with self.wire() as wire:
-            while (asks and not self.compact()) or self.put(wire).status != 200:
-                if time.monotonic() > deadline:
-                    assert self.server
-                    raise Fault(f"puts are refused {RESUME_TIMEOUT_S} s after everything was "
-                                f"taken: {self.server.stderr()[-1000:]}")
-                time.sleep(0.2)
+        with self.client() as producer:
+            eventually(lambda: (not asks or self.compact()) and self.put(producer).status == 200,
+                       RESUME_TIMEOUT_S, "no put was accepted, though everything was taken,",
+                       pause_s=0.2)
 
 
 @contextlib.contextmanager
@@ -264,10 +246,9 @@ def full(part: "Part") -> None:
 
 def file_size(part: "Part") -> None:
     """A limit for the size of a file (RLIMIT_FSIZE)."""
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB))
-    with part.folder() as folder, part.scene(folder, os.path.join(folder, "data"), logged=False,
-                                             preexec_fn=limit) as scene:
+    with part.folder() as folder, part.scene(
+            folder, os.path.join(folder, "data"), logged=False,
+            limits={resource.RLIMIT_FSIZE: 2 * MIB}) as scene:
         for _ in range(part.cycles):
             cycle(scene)
         scene.finish()
@@ -277,17 +258,16 @@ def file_size(part: "Part") -> None:
 
 def put_until_end(scene: Scene) -> None:
     """Put until the connection breaks; a 200 that is not kept is for the ledger to find."""
-    with contextlib.suppress(*BROKEN), scene.wire() as wire:
+    with contextlib.suppress(OSError), scene.client() as producer:
         deadline = time.monotonic() + END_TIMEOUT_S
         while time.monotonic() < deadline:
-            scene.put(wire)
+            scene.put(producer)
 
 
 def take_until_end(scene: Scene) -> None:
     """Take until the connection breaks."""
-    with contextlib.suppress(*BROKEN), scene.wire() as wire:
-        while take(wire, scene.ledger, "taker").status == 200:
-            pass
+    with contextlib.suppress(OSError), scene.client("taker") as consumer:
+        consumer.drain()
 
 
 def error_trigger(disk: Disk) -> str:
@@ -369,7 +349,7 @@ def not_ours(part: "Part") -> None:
         os.makedirs(os.path.join(owned, QUEUE))
         os.chmod(os.path.join(owned, QUEUE), 0o777)
         for path in (locked, owned):
-            part.refused(folder, path, command=(server,), python=python, user=SOMEBODY)
+            part.refused(folder, path, program=(server,), python=python, user=SOMEBODY)
 
 
 def python_for_somebody() -> str:
@@ -393,93 +373,77 @@ def copy_server(folder: str) -> str:
 
 # ---- No descriptors, no threads -----------------------------------------------------------
 
-def cpu_seconds(server: Server) -> float:
-    with open(f"/proc/{server.process.pid}/stat", encoding="ascii") as file:
-        fields = file.read().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def watch_pause(server: Server) -> None:
+def watch_pause(server: ServerProcess) -> None:
     """See that the server does not spin, neither on a core nor in its log."""
     time.sleep(0.5)                          # for what is said once, at its begin
-    cpu, lines = cpu_seconds(server), server.stderr().count("\n")
+    cpu, lines = server.cpu_seconds(), server.stderr().count("\n")
     time.sleep(PAUSE_S)
-    share = (cpu_seconds(server) - cpu) / PAUSE_S
+    share = (server.cpu_seconds() - cpu) / PAUSE_S
     if share > PAUSE_CPU_SHARE:
         raise Fault(f"the server spins: {share:.0%} of a core while it should wait")
     if server.stderr().count("\n") - lines > 10 * PAUSE_S:
         raise Fault(f"the server fills its log: {server.stderr()[-500:]}")
 
 
-def connect(server: Server, count: int) -> List[socket.socket]:
+@contextlib.contextmanager
+def connected(server: ServerProcess, count: int) -> Iterator[List[Wire]]:
     """Open connections that stay idle; they are set up by the kernel, accepted or not."""
-    return [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(count)]
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(server.wire()) for _ in range(count)]
 
 
-def leave_descriptors(server: Server, spare: int) -> None:
+def leave_descriptors(server: ServerProcess, spare: int) -> None:
     """Limit a server's descriptors so that it has `spare` left."""
-    used = {int(name) for name in os.listdir(f"/proc/{server.process.pid}/fd")}
+    used = {int(name) for name in os.listdir(f"/proc/{server.pid}/fd")}
     limit = 0
     while spare or limit <= 3:
         spare -= limit not in used
         limit += 1
     while limit in used:
         limit += 1
-    hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[1]
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def descriptors(part: "Part") -> None:
     """Descriptors run out while the server runs."""
     with part.folder() as folder, part.scene(folder, os.path.join(folder, "data")) as scene:
         server = scene.server
-        assert server
-        limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        limits = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
         scene.put_some()
-        with scene.wire() as wire:
-            wire.ask("GET", "/readyz")
+        with scene.client("old") as old:
+            old.wire.ask("GET", "/readyz")
             for spare in range(5):           # whichever step of a compaction finds none left
                 leave_descriptors(server, spare)
-                answer = wire.ask("GET", f"/compact/{QUEUE}")
+                answer = old.wire.ask("GET", f"/compact/{QUEUE}")
                 if answer.status not in (200, 503):
                     raise Fault(f"a compaction was answered {answer}")
-                if scene.put(wire).status != 200:
+                if scene.put(old).status != 200:
                     raise Fault("a put was refused for want of descriptors")
-                resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+                resource.prlimit(server.pid, resource.RLIMIT_NOFILE, limits)
             leave_descriptors(server, 20)
-            idle = connect(server, 60)
-            try:
+            with connected(server, 60):
                 watch_pause(server)
-                serves_old_connections(scene, wire)
-            finally:
-                for connection in idle:
-                    connection.close()
+                serves_old_connections(scene, old)
         scene.put_some()
         scene.finish()
 
 
-def serves_old_connections(scene: Scene, wire: Wire) -> None:
+def serves_old_connections(scene: Scene, old: Client) -> None:
     for _ in range(20):
-        if scene.put(wire).status != 200:
+        if scene.put(old).status != 200:
             raise Fault("a put was refused for want of descriptors")
-        take(wire, scene.ledger, "old")
+        old.take()
 
 
 def few_descriptors(part: "Part") -> None:
     """A hard limit from the start: fewer connections, and the rest is told so."""
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120))
-    with part.folder() as folder, part.scene(folder, os.path.join(folder, "data"),
-                                             preexec_fn=limit) as scene:
+    with part.folder() as folder, part.scene(
+            folder, os.path.join(folder, "data"), limits={resource.RLIMIT_NOFILE: 120}) as scene:
         server = scene.server
-        assert server
         scene.put_some()
-        idle = connect(server, 150)
-        try:
+        with connected(server, 150):
             watch_pause(server)
-        finally:
-            for connection in idle:
-                connection.close()
         time.sleep(0.5)
         scene.put_some()
         scene.finish()
@@ -494,24 +458,20 @@ def threads(part: "Part") -> None:
         path = os.path.join(folder, "data")
         os.mkdir(path)
         os.chown(path, SOMEBODY, SOMEBODY)
-        somebody = {"command": (server,), "python": python, "user": SOMEBODY}
+        somebody = {"program": (server,), "python": python, "user": SOMEBODY}
         for count in range(1, 7):
             start_with_threads(part, folder, path, count, somebody)
-        with part.scene(folder, path, preexec_fn=limit_to(HARD_THREADS),
+        with part.scene(folder, path, limits={resource.RLIMIT_NPROC: HARD_THREADS},
                         settings={"request_timeout": 1}, **somebody) as scene:
             run_without_threads(scene)
             scene.finish()
 
 
-def limit_to(count: int) -> Callable[[], None]:
-    """Return what a child calls to be allowed this many threads, the first one included."""
-    return lambda: resource.setrlimit(resource.RLIMIT_NPROC, (count, count))
-
-
 def start_with_threads(part: "Part", folder: str, path: str, count: int,
                        somebody: Dict[str, Any]) -> None:
     """With too few threads a start ends with one line; it never hangs and never half serves."""
-    with Server(folder, path, preexec_fn=limit_to(count), **somebody) as server:
+    with ServerProcess(folder, path, limits={resource.RLIMIT_NPROC: count},
+                       **somebody) as server:
         try:
             server.wait_ready(END_TIMEOUT_S)
         except Fault:
@@ -524,19 +484,18 @@ def start_with_threads(part: "Part", folder: str, path: str, count: int,
 def run_without_threads(scene: Scene) -> None:
     """Slow clients hold all threads there are; the others wait, and are answered."""
     server = scene.server
-    assert server
     scene.put_some(5)
     limit_threads(server, "1")
-    with contextlib.ExitStack() as stack:
-        for slow in connect(server, SLOW_CLIENTS):
-            stack.enter_context(slow)
-            slow.sendall(HALF_A_PUT)
-        wires = [stack.enter_context(scene.wire()) for _ in range(PRODUCERS)]
+    with connected(server, SLOW_CLIENTS) as slow, contextlib.ExitStack() as stack:
+        for wire in slow:
+            wire.send(HALF_A_PUT)
+        clients = [stack.enter_context(scene.client(f"taker-{number}"))
+                   for number in range(PRODUCERS)]
         for _ in range(3):
-            together([lambda number=number: scene.put(wires[number], number)  # type: ignore[misc]
-                      for number in range(PRODUCERS)])
-            for number, wire in enumerate(wires):
-                take(wire, scene.ledger, f"taker-{number}")
+            together(*[lambda number=number: scene.put(  # type: ignore[misc]
+                clients[number], number) for number in range(PRODUCERS)])
+            for taker in clients:
+                taker.take()
         if "cannot_start_thread" not in server.stderr():
             raise Fault("the limit of threads did not bite: nothing is proved")
         watch_pause(server)
@@ -546,26 +505,13 @@ def run_without_threads(scene: Scene) -> None:
         raise Fault("no compaction after threads were short")
 
 
-def limit_threads(server: Server, limit: str) -> None:
+def limit_threads(server: ServerProcess, limit: str) -> None:
     """Set the soft limit, as the user that the server runs as: root may lack the right."""
-    subprocess.run(["prlimit", f"--pid={server.process.pid}", f"--nproc={limit}:"],
+    subprocess.run(["prlimit", f"--pid={server.pid}", f"--nproc={limit}:"],
                    user=SOMEBODY, check=True)
 
 
-def together(calls: List[Callable[[], Answer]]) -> None:
-    """Make calls at the same time; each must be answered 200 or 503."""
-    answers: List[Answer] = []
-    workers = [threading.Thread(target=lambda call=call: answers.append(call()))  # type: ignore
-               for call in calls]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if len(answers) != len(calls):
-        raise Fault(f"{len(calls) - len(answers)} of {len(calls)} puts were not answered")
-
-
-def one_line(server: Server) -> None:
+def one_line(server: ServerProcess) -> None:
     """What a start that failed says last: one line of its own, and no traceback."""
     said = [line for line in server.stderr().splitlines() if line.startswith("micro_queue: ")]
     if "Traceback" in server.stderr() or len(said) != 1:
@@ -611,7 +557,7 @@ class Part:
 
     def refused(self, folder: str, path: str, **options: Any) -> None:
         """A start on this data folder must end with status 3 and one line."""
-        with Server(folder, path, **options) as server:
+        with ServerProcess(folder, path, **options) as server:
             status = server.wait_end(END_TIMEOUT_S)
             if status != 3:
                 raise Fault(f"{path}: status {status} instead of 3: {server.stderr()[-1000:]}")
@@ -642,9 +588,11 @@ def main() -> int:
         except Skipped as reason:
             figures.skipped += 1
             print(f"skipped: {name}: {reason}", flush=True)
-        except (Fault, *BROKEN) as fault:
+        except (Fault, OSError) as fault:
             figures.faults += 1
             print(f"FAULT in {name}, seed {options.seed}:\n{fault!r}", flush=True)
+        finally:
+            ServerProcess.kill_all()         # one that did not even start
     print(figures)
     return 1 if figures.faults else 0
 

@@ -26,8 +26,6 @@ Exit code: 0 good or skipped, 1 a fault, 2 usage.
 import argparse
 import contextlib
 import hashlib
-import http.client
-import json
 import os
 import random
 import shutil
@@ -38,17 +36,15 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from test_micro_queue import ADMIN, Ledger  # noqa: E402
+from test_micro_queue import (  # noqa: E402
+    LATE_S, QUEUE, SERVER, Answer, Client, Fault, Ledger, ServerProcess, Wire, count_faults)
 
-SERVER = os.path.join(ROOT, "micro_queue.py")
-QUEUE = "fetcher"
 MIB = 1 << 20
 ANSWER_TIMEOUT_S = 30
-START_TIMEOUT_S = 60
 END_TIMEOUT_S = 10               # how soon a server under load must notice that its disk is gone
 SHOWN_FAULTS = 10
 PRODUCERS, CONSUMERS = 8, 3
@@ -57,16 +53,9 @@ NOT_SYNCING = (
     f"sys.path.insert(0, {ROOT!r})\n"
     "import micro_queue; sys.exit(micro_queue.main())")
 
-with open(os.path.join(ROOT, "config.example.json"), encoding="utf-8") as example:
-    CONFIG = json.load(example)
-
 
 class Skipped(Exception):
     """Something that a part needs is missing here."""
-
-
-class Fault(Exception):
-    """The server did what it must not do; one line a finding."""
 
 
 def run(*command: str) -> str:
@@ -187,13 +176,13 @@ class PoweredDisk:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
-    def cut(self, way: str, server: "Server") -> None:
+    def cut(self, way: str, server: ServerProcess) -> None:
         if way == BELOW:
             self._below.shut_down()
             return
         # ext4 answers 0 to an fdatasync that is under way while it is shut down, though its
         # data is lost (seen with Linux 6.18). So none is under way.
-        with server.paused():
+        with paused(server):
             self._disk.shut_down(flush=way == FLUSH)
 
     def mount_again(self) -> None:
@@ -206,134 +195,26 @@ class PoweredDisk:
 
 # ---- Server and clients -------------------------------------------------------------------
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """The server process on the data folder `path`; config and stderr lie in `folder`."""
-
-    def __init__(self, folder: str, path: str, *, command: Sequence[str] = (SERVER,),
-                 python: str = sys.executable, settings: Optional[Dict[str, Any]] = None,
-                 **options: Any) -> None:
-        self.port = free_port()
-        config = os.path.join(folder, "config.json")
-        values = dict(CONFIG["settings"], path=path, listen_port=self.port, **(settings or {}))
-        with open(config, "w", encoding="utf-8") as file:
-            json.dump(dict(CONFIG, settings=values), file)
-        self._log = os.path.join(folder, "stderr.txt")     # of all servers, for who looks later
-        with open(self._log, "ab") as file:
-            self._log_start = file.tell()
-            self.process = subprocess.Popen([python, *command, "-c", config], stdout=file,
-                                            stderr=subprocess.STDOUT, **options)
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.kill()
-
-    def stderr(self) -> str:
-        with open(self._log, "rb") as file:
-            file.seek(self._log_start)
-            return file.read().decode(errors="replace")
-
-    def wait_ready(self, seconds: float = START_TIMEOUT_S) -> "Server":
-        """Raise Fault if it ends or takes too long."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.ask("GET", "/readyz").status == 200:
-                    return self
-            time.sleep(0.01)
-        raise Fault(f"the server did not start (status {self.process.poll()}): "
-                    f"{self.stderr()[-2000:]}")
-
-    def ask(self, method: str, path: str) -> "Answer":
-        """Ask on a connection of its own."""
-        with Wire(self.port) as wire:
-            return wire.ask(method, path)
-
-    def wait_end(self, seconds: float) -> Optional[int]:
-        """Return the exit status, None if it did not end in time."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
-        return self.process.returncode
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop all its threads where they are; a system call that is under way ends first."""
+@contextlib.contextmanager
+def paused(server: ServerProcess) -> Iterator[None]:
+    """Stop all threads where they are; a system call that is under way ends first."""
+    with contextlib.suppress(ProcessLookupError):
+        server.process.send_signal(signal.SIGSTOP)
+    while server.process.poll() is None and not is_stopped(server.pid):
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGSTOP)
-        while self.process.poll() is None and not self._is_stopped():
-            time.sleep(0.001)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGCONT)
-
-    def _is_stopped(self) -> bool:
-        folder, states = f"/proc/{self.process.pid}/task", set()
-        for task in os.listdir(folder):
-            with contextlib.suppress(OSError), open(f"{folder}/{task}/stat", "rb") as file:
-                states.add(file.read().rsplit(b") ", 1)[1][:1])
-        return states <= {b"T", b"Z"}
-
-    def stop(self) -> None:
-        """Stop it cleanly. Raises Fault if that does not work."""
-        self.process.terminate()
-        status = self.wait_end(START_TIMEOUT_S)
-        if status != 0:
-            raise Fault(f"a clean stop ended with status {status}: {self.stderr()[-2000:]}")
-
-    def kill(self) -> int:
-        """Kill -9 what still runs; return the exit status."""
-        if self.process.poll() is None:
-            self.process.kill()
-        return self.process.wait()
-
-    def check_log(self) -> None:
-        if "Traceback" in self.stderr():
-            raise Fault(f"a traceback: {self.stderr()[-3000:]}")
+            server.process.send_signal(signal.SIGCONT)
 
 
-class Answer(NamedTuple):
-    """What came back: `id` and `count` of a message, 0 without them."""
-
-    status: int
-    body: bytes
-    id: int = 0
-    count: int = 0
-    retry_after: str = ""
-
-
-BROKEN = (OSError, http.client.HTTPException)
-
-
-class Wire:
-    """One keep-alive connection, opened again after an answer that closed it. Whatever it
-    raises of BROKEN, it is of no further use."""
-
-    def __init__(self, port: int, timeout: float = ANSWER_TIMEOUT_S) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-        self._connection.connect()
-
-    def __enter__(self) -> "Wire":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._connection.close()
-
-    def ask(self, method: str, path: str, body: Optional[bytes] = None) -> Answer:
-        self._connection.request(method, path, body, {"Authorization": f"Bearer {ADMIN}"})
-        response = self._connection.getresponse()
-        return Answer(response.status, response.read(),
-                      int(response.headers.get("Message-Id", 0)),
-                      int(response.headers.get("Delivery-Count", 0)),
-                      response.headers.get("Retry-After", ""))
+def is_stopped(pid: int) -> bool:
+    folder, states = f"/proc/{pid}/task", set()
+    for task in os.listdir(folder):
+        with contextlib.suppress(OSError), open(f"{folder}/{task}/stat", "rb") as file:
+            states.add(file.read().rsplit(b") ", 1)[1][:1])
+    return states <= {b"T", b"Z"}
 
 
 def fingerprint(payload: bytes) -> bytes:
@@ -357,32 +238,15 @@ class Payloads:
         return f"{self._name}-{self._number}".encode().ljust(20, b".") + self._block[at:at + size]
 
 
-def put(wire: Wire, ledger: Ledger, payload: bytes, *, durable: bool = True) -> Answer:
-    """Put a message and note what came of it; a broken connection leaves that unknown.
-    `durable`: what was settled before a put that is answered is on disk with it."""
-    key = fingerprint(payload)
-    ledger.sending(key)
-    answer = wire.ask("POST", f"/in/{QUEUE}", payload)
-    if answer.status == 200:
-        ledger.accepted(key, answer.id, durable)
-    else:
-        ledger.refused(key)
-    return answer
-
-
-def take(wire: Wire, ledger: Ledger, consumer: str) -> Answer:
-    """Take a message; that this is answered says that the one before is settled."""
-    answer = wire.ask("GET", f"/out/{QUEUE}")
-    ledger.settled(consumer)
-    if answer.status == 200:
-        ledger.delivered(consumer, fingerprint(answer.body), answer.id, answer.count)
-    return answer
+def client(wire: Wire, ledger: Ledger, name: str = "drain", *, durable: bool = True) -> Client:
+    return Client(wire, ledger, name, fingerprint, durable)
 
 
 class Load:
     """Clients that work until their server is gone, and come back for as long as it starts."""
 
-    def __init__(self, server: Server, ledger: Ledger, rng: random.Random, name: str) -> None:
+    def __init__(self, server: ServerProcess, ledger: Ledger, rng: random.Random,
+                 name: str) -> None:
         self._server, self._ledger = server, ledger
         self._over = threading.Event()
         self.problems: List[str] = []
@@ -410,12 +274,12 @@ class Load:
         """Connect until there is a server, then work until the connection breaks."""
         while not self._over.is_set():
             try:
-                with Wire(self._server.port) as wire:
+                with self._server.wire(ANSWER_TIMEOUT_S) as wire:
                     self._until_ready(wire)
                     work(wire)
             except socket.timeout:
                 self.problems.append(f"no answer within {ANSWER_TIMEOUT_S} s")
-            except BROKEN:
+            except OSError:
                 time.sleep(0.002)
 
     def _until_ready(self, wire: Wire) -> None:
@@ -423,13 +287,14 @@ class Load:
             time.sleep(0.002)
 
     def _produce(self, wire: Wire, payloads: Payloads) -> None:
+        producer = client(wire, self._ledger)
         while not self._over.is_set():
-            self._expect(put(wire, self._ledger, payloads.next()), 200, 503)
+            self._expect(producer.put(payloads.next()), 200, 503)
 
     def _consume(self, wire: Wire, name: str) -> None:
+        consumer = client(wire, self._ledger, name)
         while not self._over.is_set():
-            answer = take(wire, self._ledger, name)
-            self._expect(answer, 200, 404)
+            self._expect(consumer.take(), 200, 404)
             time.sleep(self._pause_s)
 
     def _compact(self, wire: Wire) -> None:
@@ -440,13 +305,6 @@ class Load:
     def _expect(self, answer: Answer, *statuses: int) -> None:
         if answer.status not in statuses:
             self.problems.append(f"answered {answer.status}: {answer.body[:200]!r}")
-
-
-def drain(server: Server, ledger: Ledger) -> None:
-    """Take all there is with one consumer, so that the ledger sees what is missing."""
-    with Wire(server.port) as wire:
-        while take(wire, ledger, "drain").status == 200:
-            pass
 
 
 def check(ledger: Ledger, *, drained: bool) -> None:
@@ -477,27 +335,25 @@ class Figures:
         self.found: List[str] = []
 
     def __str__(self) -> str:
-        lost = sum(line.startswith("lost") for line in self.found)
-        twice = sum(line.startswith("duplicated") for line in self.found)
         cuts = ", ".join(f"{count} on {kind}" for kind, count in self.cuts.items())
         return (f"power cuts: {cuts}; the server ended by itself {self.ended_itself} times; "
-                f"{self.answered:,} messages answered; lost {lost}, "
-                f"unexpected {len(self.found) - lost - twice}, duplicated {twice}")
+                f"{self.answered:,} messages answered; {count_faults(self.found)}")
 
 
 class Series:
     """Several cuts on one file system, then a look at all that is left."""
 
     def __init__(self, disk: PoweredDisk, folder: str, rng: random.Random, figures: Figures,
-                 command: Sequence[str]) -> None:
+                 program: Sequence[str]) -> None:
         self.disk, self.folder, self.rng, self.figures = disk, folder, rng, figures
-        self.ledger = Ledger()
+        self.ledger = Ledger(LATE_S)
         self.history: List[str] = []         # how each cut was made
-        self._command = command
+        self._program = program
 
-    def start(self) -> Server:
-        return Server(self.folder, os.path.join(self.disk.path, "data"), command=self._command,
-                      settings={"fsync": "always", "min_free_bytes": MIB})
+    def start(self) -> ServerProcess:
+        return ServerProcess(self.folder, os.path.join(self.disk.path, "data"),
+                             program=self._program,
+                             settings={"fsync": "always", "min_free_bytes": MIB})
 
     def run(self, cuts: int) -> None:
         for number in range(cuts):
@@ -529,7 +385,7 @@ class Series:
         self.disk.mount_again()
         self.ledger.fault(power_cut=True)
 
-    def wait_moment(self, server: Server, early: bool) -> None:
+    def wait_moment(self, server: ServerProcess, early: bool) -> None:
         if early:                            # while it starts, or just after
             time.sleep(self.rng.uniform(0, 0.5))
         else:
@@ -547,11 +403,12 @@ class Series:
         """Take everything. Nothing of it comes back, for the end that follows syncs it: that
         of the server, or that of the mount."""
         with self.start() as server:
-            server.wait_ready()
-            drain(server, self.ledger)
+            with server.wait_ready().wire(ANSWER_TIMEOUT_S) as wire:
+                client(wire, self.ledger).drain()
             check(self.ledger, drained=True)
-            if self.rng.random() < 0.5:
-                server.stop()
+            if self.rng.random() < 0.5 and server.stop() != 0:
+                raise Fault(f"a clean stop ended with status {server.process.returncode}: "
+                            f"{server.stderr()[-2000:]}")
             server.check_log()
         self.disk.mount_again()
         self.ledger.fault()
@@ -560,19 +417,19 @@ class Series:
 def run_kind(kind: str, options: argparse.Namespace, figures: Figures) -> None:
     """Make several file systems of a kind, each for a series of cuts. Raises Fault."""
     need("mount", "umount", "xfs_io", MAKE[kind][0])
-    command = ("-c", NOT_SYNCING) if options.control else (SERVER,)
+    program = ("-c", NOT_SYNCING) if options.control else (SERVER,)
     rng = random.Random(f"{options.seed}-{kind}")
     series, cuts = (8, 5) if options.long else (2, 3)
     for number in range(1, series + 1):
         with work_folder(f"power-cuts-{kind}-") as folder, PoweredDisk(kind, folder) as disk:
-            one = Series(disk, folder, rng, figures, command)
+            one = Series(disk, folder, rng, figures, program)
             try:
                 one.run(cuts)
-            except (Fault, *BROKEN) as fault:
+            except (Fault, OSError) as fault:
                 print(f"{kind}, file system {number}, cuts: {'; '.join(one.history)}", flush=True)
                 raise fault if isinstance(fault, Fault) else Fault(repr(fault)) from fault
             finally:
-                figures.answered += len(one.ledger._answered)
+                figures.answered += one.ledger.answered_count
         print(f"  {kind}: file system {number} of {series}: {one.ledger}", flush=True)
 
 
