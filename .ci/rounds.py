@@ -17,27 +17,25 @@ The seed fixes sizes, moments and ends of the rounds, not how threads take turns
 0 all good; 1 a fault, the folder is kept; 2 usage.
 """
 import argparse
+import functools
 import itertools
-import json
 import os
 import random
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 import zlib
-from typing import Callable, Dict, List, NamedTuple
+from typing import Callable, List
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from bench import ADMIN, CHILDREN, CONFIG, GET, POST, QUEUE, SERVER, Child, free_port  # noqa: E402
-from test_micro_queue import Ledger  # noqa: E402
+from test_micro_queue import (  # noqa: E402
+    LATE_S, QUEUE, Answer, Client, Fault, Ledger, ServerProcess, count_faults)
 
 ROUNDS_DIR = os.environ.get("ROUNDS_DIR", "/var/tmp")
 SHORT, LONG = 8, 650             # rounds
@@ -55,7 +53,6 @@ STOPPING_EVENT = f'compaction_failed queue={QUEUE} error="the server is stopping
 
 FILLER = random.Random(0).randbytes(1 << 19)
 NAME = re.compile(rb"<(\d+)>")
-FIELD = re.compile(rb"\r\n([-\w]+): ([^\r]*)")
 
 
 def message(number: int) -> bytes:
@@ -67,42 +64,11 @@ def message(number: int) -> bytes:
     return name + FILLER[start:start + size]
 
 
-class Answer(NamedTuple):
-    status: int
-    fields: Dict[bytes, bytes]
-    body: bytes
-
-
-class Wire:
-    """A keep-alive connection. Raises OSError once the server is gone."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._data = b""
-
-    def call(self, method: str, path: str, token: str, body: bytes = b"") -> Answer:
-        head = (f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n")
-        self._socket.sendall(head.encode() + body)
-        while b"\r\n\r\n" not in self._data:
-            self._receive()
-        answer_head, _, self._data = self._data.partition(b"\r\n\r\n")
-        fields = dict(FIELD.findall(answer_head))
-        length = int(fields[b"Content-Length"])
-        while len(self._data) < length:
-            self._receive()
-        answer_body, self._data = self._data[:length], self._data[length:]
-        return Answer(int(answer_head.split(b" ", 2)[1]), fields, answer_body)
-
-    def _receive(self) -> None:
-        data = self._socket.recv(1 << 18)
-        if not data:
-            raise ConnectionResetError("the server closed")
-        self._data += data
-
-    def close(self) -> None:
-        self._socket.close()
+def name_of(body: bytes) -> bytes:
+    """Return the name of a message; what is not as it was put gets another."""
+    name = NAME.match(body)
+    good = name is not None and message(int(name[1])) == body
+    return name[0] if name and good else b"altered: " + body[:100]
 
 
 class Rounds:
@@ -115,105 +81,68 @@ class Rounds:
         self.base = base
         self._random = random.Random(seed)
         self._numbers = itertools.count()
-        self.ledger = Ledger()
+        self.ledger = Ledger(LATE_S)
         self.kills = self.stops = self.compactions = 0
         self.unexpected: List[str] = []
         self.stopping = False
 
     # -- the server
 
-    def start(self, number: int) -> Child:
+    def start(self) -> ServerProcess:
         self.stopping = False
-        port, config = free_port(), os.path.join(self.base, "config.json")
-        settings = dict(CONFIG["settings"], path=os.path.join(self.base, "data"),
-                        listen_port=port, fsync="always", min_free_bytes=0)
-        with open(config, "w", encoding="utf-8") as file:
-            json.dump(dict(CONFIG, settings=settings), file)
-        child = Child([SERVER, "-c", config], port, self.stderr(number))
-        child.wait_ready("/readyz")
-        return child
+        return ServerProcess(self.base, settings={"fsync": "always",
+                                                  "min_free_bytes": 0}).wait_ready()
 
-    def stderr(self, number: int) -> str:
-        return os.path.join(self.base, f"stderr{number}")
-
-    def stop(self, child: Child) -> None:
+    def stop(self, server: ServerProcess) -> None:
         """Stop cleanly."""
         self.stopping = True
         self.stops += 1
-        child.stop(signal.SIGTERM)
-        if child.process.returncode:
-            self.unexpected.append(f"exit {child.process.returncode} after SIGTERM")
+        if server.stop():
+            self.unexpected.append(f"exit {server.process.returncode} after SIGTERM")
 
-    def kill(self, child: Child) -> None:
+    def kill(self, server: ServerProcess) -> None:
         self.kills += 1
-        if child.process.poll() is not None:
-            self.unexpected.append(f"exit {child.process.returncode} without a reason")
-        child.stop(signal.SIGKILL)
+        if server.process.poll() is not None:
+            self.unexpected.append(f"exit {server.process.returncode} without a reason")
+        server.kill()
 
-    def check_stderr(self, number: int) -> None:
-        with open(self.stderr(number), encoding="utf-8", errors="replace") as file:
-            text = file.read().replace(STOPPING_EVENT, "")
-        self.unexpected += [f"{word} in {file.name}" for word in BAD_EVENTS if word in text]
-        if not self.unexpected:
-            os.unlink(file.name)
+    def end(self, server: ServerProcess) -> None:
+        """The server ended: note that, and what it wrote."""
+        self.ledger.fault(power_cut=False)
+        text = server.stderr().replace(STOPPING_EVENT, "")
+        self.unexpected += [f"{word} on stderr" for word in BAD_EVENTS if word in text]
 
     # -- clients
 
-    def produce(self, wire: Wire) -> None:
+    def produce(self, client: Client) -> None:
         while True:
-            number = next(self._numbers)
-            name = b"<%d>" % number
-            self.ledger.sending(name)
-            answer = wire.call("POST", f"/in/{QUEUE}", POST, message(number))
-            if answer.status == 200:
-                self.ledger.accepted(name, int(answer.fields[b"Message-Id"]))
-            else:
-                self.ledger.refused(name)
+            answer = client.put(message(next(self._numbers)))
+            if answer.status != 200:
                 self._expect_stopping(answer)
 
-    def consume(self, wire: Wire, consumer: str, pace_s: float) -> None:
+    def consume(self, client: Client, pace_s: float) -> None:
         while True:
-            if not self.take(wire, consumer):
+            answer = client.take()
+            if answer.status == 404:
                 time.sleep(EMPTY_S)
+            elif answer.status != 200:
+                self._expect_stopping(answer)
             elif pace_s:
                 time.sleep(pace_s)
 
-    def take(self, wire: Wire, consumer: str) -> bool:
-        """Take a message; return whether there was one."""
-        answer = wire.call("GET", f"/out/{QUEUE}", GET)
-        self.ledger.settled(consumer)        # what this connection was given before
-        return self._note_taken(consumer, answer)
-
-    def _note_taken(self, consumer: str, answer: Answer) -> bool:
-        if answer.status == 200:
-            name = NAME.match(answer.body)
-            good = name is not None and message(int(name[1])) == answer.body
-            self.ledger.delivered(consumer, name[0] if good else answer.body[:100],
-                                  int(answer.fields[b"Message-Id"]),
-                                  int(answer.fields[b"Delivery-Count"]))
-        elif answer.status != 404:
-            self._expect_stopping(answer)
-        return answer.status == 200
-
-    def work(self, wire: Wire, consumer: str, pace_s: float) -> None:
+    def work(self, client: Client, pace_s: float) -> None:
         """Wait for messages, hold each on a lease, ack most and give some back."""
         for number in itertools.count():
-            answer = wire.call("GET", f"/out/{QUEUE}?wait=5&lease=600", GET)
-            if not self._note_taken(consumer, answer):
-                continue
-            time.sleep(pace_s)
-            action, done = (("ack", self.ledger.settled) if number % 8 else
-                            ("nack", self.ledger.returned))
-            lease = answer.fields[b"Lease-Id"].decode()
-            answer = wire.call("POST", f"/{action}/{QUEUE}?lease={lease}", GET)
-            if answer.status != 200:         # the message is back after the start
-                done = self.ledger.returned
+            answer = client.lease(600, wait_s=5)
+            if answer.status == 200:
+                time.sleep(pace_s)
+                answer = client.end("ack" if number % 8 else "nack", answer.headers["Lease-Id"])
+            if answer.status not in (200, 404):
                 self._expect_stopping(answer)
-            done(consumer)
 
-    def compact(self, wire: Wire) -> None:
+    def compact(self, client: Client) -> None:
         while True:
-            answer = wire.call("GET", f"/compact/{QUEUE}", ADMIN)
+            answer = client.wire.ask("GET", f"/compact/{QUEUE}")
             if answer.status == 200:
                 self.compactions += 1
             else:
@@ -223,18 +152,17 @@ class Rounds:
         if answer.status != 503 or not self.stopping:
             self.unexpected.append(f"answer {answer.status}: {answer.body[:100]!r}")
 
-    def client(self, port: int, work: Callable[[Wire], None]) -> threading.Thread:
+    def client(self, server: ServerProcess, work: Callable[[Client], None],
+               name: str) -> threading.Thread:
         """Start a thread that works on a connection of its own until that ends."""
         def run() -> None:
             try:
-                wire = Wire(port)
-                try:
-                    work(wire)
-                finally:
-                    wire.close()
-            except OSError as error:
-                if isinstance(error, socket.timeout):
-                    self.unexpected.append(f"no answer within {TIMEOUT_S} s")
+                with server.wire(TIMEOUT_S) as wire:
+                    work(Client(wire, self.ledger, name, name_of))
+            except socket.timeout:
+                self.unexpected.append(f"no answer within {TIMEOUT_S} s")
+            except OSError:
+                pass                         # the server ended
             except Exception:
                 self.unexpected.append(traceback.format_exc())
         thread = threading.Thread(target=run)
@@ -243,34 +171,29 @@ class Rounds:
 
     # -- rounds
 
-    def run(self, number: int) -> None:
+    def run(self) -> None:
         """Serve for a moment, with all clients, and end."""
-        child = self.start(number)
+        server = self.start()
         pace_s = self._random.choice(PACES_S)
-        threads = [self.client(child.port, self.produce) for _ in range(CLIENTS)]
-        for name in range(CLIENTS):
-            consume = self.work if name % 2 else self.consume
-            threads.append(self.client(
-                child.port, lambda wire, name=name, consume=consume: consume(
-                    wire, f"c{name}", pace_s)))
-        threads.append(self.client(child.port, self.compact))
+        threads = [self.client(server, self.compact, "compact")]
+        for number in range(CLIENTS):
+            consume = self.work if number % 2 else self.consume
+            threads.append(self.client(server, self.produce, f"p{number}"))
+            threads.append(self.client(server, functools.partial(consume, pace_s=pace_s),
+                                       f"c{number}"))
         time.sleep(self._random.uniform(*SERVING_S))
-        (self.kill if self._random.randrange(STOP_EVERY) else self.stop)(child)
+        (self.kill if self._random.randrange(STOP_EVERY) else self.stop)(server)
         for thread in threads:
             thread.join()
-        self.ledger.fault(power_cut=False)
-        self.check_stderr(number)
+        self.end(server)
 
-    def drain(self, number: int) -> List[str]:
+    def drain(self) -> List[str]:
         """Take all that is left; return every fault so far."""
-        child = self.start(number)
-        wire = Wire(child.port)
-        while self.take(wire, "drain"):
-            pass
-        wire.close()
-        self.stop(child)
-        self.ledger.fault(power_cut=False)
-        self.check_stderr(number)
+        server = self.start()
+        with server.wire(TIMEOUT_S) as wire:
+            Client(wire, self.ledger, key=name_of).drain()
+        self.stop(server)
+        self.end(server)
         return self.faults()
 
     def faults(self, drained: bool = True) -> List[str]:
@@ -280,10 +203,10 @@ class Rounds:
 def run_all(rounds: Rounds, count: int) -> List[str]:
     """Run until a fault is found; return the faults."""
     for number in range(1, count + 1):
-        rounds.run(number)
+        rounds.run()
         found = rounds.faults(drained=False)
         if not found and (number % DRAIN_EVERY == 0 or number == count):
-            found = rounds.drain(-number)
+            found = rounds.drain()
             print(f"  {number} rounds: {rounds.ledger}", file=sys.stderr, flush=True)
         if found:
             print(f"FAULT in round {number}")
@@ -303,21 +226,18 @@ def main() -> int:
     rounds, found = Rounds(base, arguments.seed), ["unexpected: the harness ended"]
     try:
         found = run_all(rounds, count)
-    except subprocess.TimeoutExpired as error:
+    except Fault as error:
         found = [f"unexpected: {error}"]
     finally:
-        for child in list(CHILDREN):
-            child.stop()
+        ServerProcess.kill_all()
         if not found:
             shutil.rmtree(base)
     for line in found[:20]:
         print(f"    {line}")
     if found:
         print(f"    {len(found)} in all, seed {arguments.seed}; folder {base}")
-    kinds = [sum(line.startswith(kind) for line in found) for kind in ("lost", "duplicated")]
     print(f"rounds: {rounds.kills} kills, {rounds.stops} clean stops, {rounds.compactions} "
-          f"compactions; {rounds.ledger}; lost {kinds[0]}, "
-          f"unexpected {len(found) - sum(kinds)}, duplicated {kinds[1]}")
+          f"compactions; {rounds.ledger}; {count_faults(found)}")
     return 1 if found else 0
 
 
