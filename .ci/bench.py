@@ -11,8 +11,7 @@ should be a disk) and removed at the end. Every number is the median of alternat
 round with an unexpected HTTP status does not count. Exit code: 0 all ok, 1 a MISS, 2 usage.
 """
 import argparse
-import contextlib
-import http.client
+import functools
 import http.server
 import json
 import logging
@@ -27,15 +26,14 @@ import sys
 import tempfile
 import threading
 import time
-from socket import create_connection, socket
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import micro_queue as mq  # noqa: E402
+from test_micro_queue import (  # noqa: E402
+    GET, POST, QUEUE, Fault, ServerProcess, Wire, ask, request)
 
-SERVER = os.path.join(ROOT, "micro_queue.py")
-QUEUE = "fetcher"
 MESSAGE = b"m" * 100
 MANY, FEW = 1_000_000, 1_000
 BATCH = 1000                                 # messages of a batch
@@ -44,11 +42,6 @@ PATHS = {"put": f"/in/{QUEUE}", "take": f"/out/{QUEUE}", "mix": "/", "lease": "/
          "batch-put": f"/in/{QUEUE}", "batch-take": f"/out/{QUEUE}?max={BATCH}", "batch-mix": "/"}
 MIB = 1 << 20
 START_TIMEOUT_S = 120
-
-with open(os.path.join(ROOT, "config.example.json"), encoding="utf-8") as example:
-    CONFIG = json.load(example)
-TOKENS = {token["name"]: token["token"] for token in CONFIG["tokens"]}
-POST, GET, ADMIN = (f"Bearer {TOKENS[name]}" for name in ("server01", "fetcher-client", "admin"))
 
 
 class Row(NamedTuple):
@@ -83,72 +76,7 @@ class Load(NamedTuple):
     bad: int
 
 
-# ---- Children -----------------------------------------------------------------------------
-
-class Child:
-    """A server process; `port` is where it listens."""
-
-    def __init__(self, arguments: List[str], port: int, log: str) -> None:
-        self.port, self._log = port, log
-        with open(log, "ab") as file:
-            self.process = subprocess.Popen([sys.executable, *arguments], stdout=file, stderr=file)
-        CHILDREN.append(self)
-
-    def wait_ready(self, path: str) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if fetch(self.port, path)[0] == 200:
-                    return
-            time.sleep(0.002)
-        with open(self._log, encoding="utf-8", errors="replace") as file:
-            sys.exit(f"bench: a server did not start:\n{file.read()[-2000:]}")
-
-    def stop(self, number: int = signal.SIGKILL) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        self.process.wait(60)
-        if self in CHILDREN:
-            CHILDREN.remove(self)
-
-    def resident_bytes(self) -> int:
-        with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def cpu_seconds(self) -> float:
-        """utime + stime; of all threads' schedstat where there is one, for a tick of 10 ms in
-        10 s is already the 0.1 % that is asked for."""
-        folder = f"/proc/{self.process.pid}"
-        try:
-            total = 0
-            for task in os.listdir(folder + "/task"):
-                with open(f"{folder}/task/{task}/schedstat", encoding="ascii") as file:
-                    total += int(file.read().split()[0])
-            return total / 1e9
-        except OSError:
-            with open(folder + "/stat", encoding="ascii") as file:
-                fields = file.read().rsplit(")", 1)[1].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-CHILDREN: List[Child] = []
-
-
-def free_port() -> int:
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def fetch(port: int, path: str, token: str = "", timeout: float = 10) -> Tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request("GET", path, headers={"Authorization": token} if token else {})
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
-
+# ---- The standard library's server --------------------------------------------------------
 
 class StockHandler(http.server.BaseHTTPRequestHandler):
     """What the standard library gives without further work."""
@@ -204,32 +132,24 @@ class Bench:
         os.mkdir(path)
         return path
 
-    def start(self, fsync: str = "no", path: str = "", subscribers: int = 0) -> Child:
+    def start(self, fsync: str = "no", path: str = "", subscribers: int = 0) -> ServerProcess:
         """Start a server on a data folder and wait until it is ready; with subscribers, its
         queue is a broadcast queue."""
-        path, port = path or self.new_folder(), free_port()
-        settings = dict(CONFIG["settings"], path=path, listen_port=port, fsync=fsync)
-        value = dict(CONFIG, settings=settings)
-        if subscribers:
-            value["queues"] = [{"name": QUEUE, "kind": "broadcast"}]
-            value["tokens"] = [{"name": "sender", "token": TOKENS["server01"], "post": [QUEUE]}]
-            value["tokens"] += [{"name": f"s{number}", "token": f"{number:030}", "get": [QUEUE]}
-                                for number in range(subscribers)]
-        config = path + ".json"
-        with open(config, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-        child = Child([SERVER, "-c", config], port, path + ".log")
-        child.wait_ready("/readyz")
-        return child
+        def change(config: Dict[str, Any]) -> None:
+            if subscribers:
+                config["queues"] = [{"name": QUEUE, "kind": "broadcast"}]
+                config["tokens"] = [{"name": "sender", "token": POST, "post": [QUEUE]}]
+                config["tokens"] += [{"name": f"s{number}", "token": f"{number:030}",
+                                      "get": [QUEUE]} for number in range(subscribers)]
+        path = path or self.new_folder()
+        server = ServerProcess(path + "-server", path, settings={"fsync": fsync}, change=change)
+        return server.wait_ready(START_TIMEOUT_S)
 
-    def start_stock(self) -> Child:
-        port = free_port()
-        child = Child([os.path.abspath(__file__), "--stock", str(port)], port,
-                      os.path.join(self.folder, "stock.log"))
-        child.wait_ready("/")
-        return child
+    def start_stock(self) -> ServerProcess:
+        return ServerProcess(self.new_folder(), program=(os.path.abspath(__file__), "--stock"),
+                             ).wait_ready()
 
-    def load(self, child: Child, name: str, connections: int, *, close: bool = False,
+    def load(self, child: ServerProcess, name: str, connections: int, *, close: bool = False,
              seconds: int = 0) -> Load:
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds or self.seconds}s", "--latency",
                    "-s", self._script(name, close), f"http://127.0.0.1:{child.port}{PATHS[name]}"]
@@ -241,7 +161,7 @@ class Bench:
         return Load(requests * 1e6 / duration_us, median_us, max_us,
                     bad if requests else 1)
 
-    def fill(self, child: Child, count: float, name: str = "put") -> None:
+    def fill(self, child: ServerProcess, count: float, name: str = "put") -> None:
         """Put until `count` messages are ready."""
         while ready_count(child) < count:
             if self.load(child, name, 8, seconds=1).bad:
@@ -262,7 +182,7 @@ def lua(name: str, close: bool) -> str:
     def headers(token: str) -> str:
         extra = ', ["Connection"] = "close"' if close else ""
         extra += ', ["Content-Type"] = "application/x-ndjson"' if "batch-" in name else ""
-        return f'{{["Authorization"] = "{token}"{extra}}}'
+        return f'{{["Authorization"] = "Bearer {token}"{extra}}}'
     body = MESSAGE.decode()
     done = ('done = function(summary, latency)\n  io.write(string.format("RESULT %d %d %d %d %d\\n"'
             ', summary.requests, summary.duration, latency:percentile(50), latency.max, '
@@ -290,8 +210,8 @@ def lua(name: str, close: bool) -> str:
             f'  return count % 2 == 1 and put or take\nend\n') + done
 
 
-def ready_count(child: Child) -> int:
-    text = fetch(child.port, "/metrics")[1]
+def ready_count(child: ServerProcess) -> int:
+    text = child.ask("GET", "/metrics").body.decode()
     found = re.search(rf'_messages{{queue_name="{QUEUE}",[^}}]*state="ready"}} (\d+)', text)
     return int(found[1]) if found else 0
 
@@ -304,8 +224,7 @@ def ratio(one: Load, other: Load) -> Optional[float]:
 
 def prefill(path: str, count: int, payload: bytes = MESSAGE, settle: int = 0) -> None:
     """Make a data folder with `count` messages, of which the first `settle` are settled."""
-    config = next(item for item in CONFIG["queues"] if item["name"] == QUEUE)
-    queue = mq.Queue(mq.QueueConfig(**config), os.path.join(path, QUEUE), fsync="no")
+    queue = mq.Queue(mq.QueueConfig(name=QUEUE), os.path.join(path, QUEUE), fsync="no")
     queue.log.lock()
     queue.recover()
     for start in range(0, count, 1000):
@@ -343,8 +262,8 @@ def stock_rows(bench: Bench) -> List[Row]:
                     lambda: bench.load(stock, name, connections, close=close))  # noqa: B023
                 rows[name, connections, close].values.append(ratio(one, other))
                 fastest = max(fastest, one.rate)
-        ours.stop()
-    stock.stop()
+        ours.kill()
+    stock.kill()
     return list(rows.values())
 
 
@@ -377,8 +296,8 @@ def sync_rows(bench: Bench) -> List[Row]:
               f"fdatasync {sync_us:.0f} us", file=sys.stderr)
         row.values.append(None if one.bad or other.bad
                           else one.median_us / (other.median_us + 1.3 * sync_us))
-    always.stop()
-    without.stop()
+    always.kill()
+    without.kill()
     return [row]
 
 
@@ -389,8 +308,8 @@ def group_rows(bench: Bench) -> List[Row]:
     for number in range(bench.rounds):
         row.values.append(ratio(*bench.alternated(
             number, lambda: bench.load(always, "put", 64), lambda: bench.load(without, "put", 64))))
-    always.stop()
-    without.stop()
+    always.kill()
+    without.kill()
     return [row]
 
 
@@ -407,8 +326,8 @@ def waiting_rows(bench: Bench) -> List[Row]:
         speed.values.append(ratio(*bench.alternated(
             number, lambda: bench.load(many, "mix", 8), lambda: bench.load(few, "mix", 8))))
         memory.values.append((many.resident_bytes() - few.resident_bytes()) / MIB)
-    many.stop()
-    few.stop()
+    many.kill()
+    few.kill()
     shutil.rmtree(many_folder)
     return [speed, memory]
 
@@ -430,7 +349,7 @@ def start_rows(bench: Bench) -> List[Row]:
             row.values.append(None if bad else time.monotonic() - start)
         if ready_count(child) < MANY:
             sys.exit("bench: messages were lost")
-        child.stop()
+        child.kill()
     shutil.rmtree(folder)
     return [killed, clean]
 
@@ -451,7 +370,7 @@ def batch_rows(bench: Bench) -> List[Row]:
             print(f"  {name}: {many.rate * BATCH:.0f} messages a second in batches, "
                   f"{one.rate:.0f} alone", file=sys.stderr)
             row.values.append(None if one.bad or many.bad else many.rate * BATCH / one.rate)
-        child.stop()
+        child.kill()
     return list(rows.values())
 
 
@@ -466,7 +385,7 @@ def broadcast_rows(bench: Bench) -> List[Row]:
                 number, lambda: bench.load(children[count], "put", 8),  # noqa: B023
                 lambda: bench.load(children[1], "put", 8))))
     for child in children.values():
-        child.stop()
+        child.kill()
     return list(rows.values())
 
 
@@ -479,19 +398,11 @@ def lease_rows(bench: Bench) -> List[Row]:
         pair, plain = bench.alternated(number, lambda: bench.load(child, "lease", 8),
                                        lambda: bench.load(child, "take", 8))
         row.values.append(ratio(pair._replace(rate=pair.rate / 2), plain))
-    child.stop()
+    child.kill()
     return [row]
 
 
-class Consumer:
-    """A connection on which a long poll waits."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = create_connection(("127.0.0.1", port), 60)
-
-    def poll(self) -> None:
-        self.socket.sendall(f"GET /out/{QUEUE}?wait=300 HTTP/1.1\r\nHost: x\r\n"
-                            f"Authorization: {GET}\r\n\r\n".encode())
+POLL = request("GET", f"/out/{QUEUE}?wait=300", token=GET)
 
 
 def consumer_rows(bench: Bench) -> List[Row]:
@@ -503,37 +414,29 @@ def consumer_rows(bench: Bench) -> List[Row]:
     child = bench.start("always")
     selector = selectors.DefaultSelector()
     for _ in range(WAITERS):
-        consumer = Consumer(child.port)
-        consumer.poll()
-        selector.register(consumer.socket, selectors.EVENT_READ, consumer)
+        selector.register(child.wire(60).send(POLL), selectors.EVENT_READ)
     time.sleep(1)
     for _ in range(bench.rounds):
         times = sorted(wake_one(child, selector) * 1000 for _ in range(WAKES))
         for row, value in zip(rows, (statistics.median(times), times[int(WAKES * 0.99)],
                                      child.resident_bytes() / MIB)):
             row.values.append(value)
-    child.stop()
+    child.kill()
     return rows
 
 
-def wake_one(child: Child, selector: selectors.BaseSelector) -> float:
+def wake_one(child: ServerProcess, selector: selectors.BaseSelector) -> float:
     """Put a message from a thread of its own; return the seconds until a consumer has it."""
-    thread = threading.Thread(target=put_one, args=(child.port,))
+    thread = threading.Thread(target=functools.partial(
+        ask, child.port, "POST", f"/in/{QUEUE}", MESSAGE, POST))
     start = time.perf_counter()
     thread.start()
-    key = selector.select(60)[0][0]
+    wire: Wire = selector.select(60)[0][0].fileobj       # type: ignore[assignment]
     took = time.perf_counter() - start
-    key.data.socket.recv(65536)
-    key.data.poll()
+    wire.answer()
+    wire.send(POLL)
     thread.join()
     return took
-
-
-def put_one(port: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", f"/in/{QUEUE}", MESSAGE, {"Authorization": POST})
-    connection.getresponse().read()
-    connection.close()
 
 
 def idle_rows(bench: Bench) -> List[Row]:
@@ -544,7 +447,7 @@ def idle_rows(bench: Bench) -> List[Row]:
     time.sleep(10)
     share = (child.cpu_seconds() - before) / (time.monotonic() - start) * 100
     resident = child.resident_bytes() / MIB
-    child.stop()
+    child.kill()
     return [Row("idle, resident memory", 32, [resident], "{:.1f} MiB", at_least=False),
             Row("idle, of a core", 0.1, [share], "{:.3f} %", at_least=False)]
 
@@ -573,7 +476,7 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
     before = {name: bench.load(child, name, 8) for name in rows}
     statuses: List[int] = []
     thread = threading.Thread(target=lambda: statuses.append(
-        fetch(child.port, f"/compact/{QUEUE}", ADMIN, 600)[0]))
+        child.ask("GET", f"/compact/{QUEUE}", timeout=600).status))
     start = time.monotonic()
     thread.start()
     time.sleep(0.1)
@@ -589,7 +492,7 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
           f"before {max(load.max_us for load in before.values()) / 1000:.0f} ms", file=sys.stderr)
     counts = statuses == [200] and not any(load.bad for load in loads)
     latest.values.append(slowest_ms if counts else None)
-    child.stop()
+    child.kill()
 
 
 # What --row knows. The long one is last.
@@ -606,10 +509,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=2, help="of each call of wrk")
     parser.add_argument("--row", action="append", choices=ROWS, help="only this; repeatable")
     parser.add_argument("--long", action="store_true", help="also the row `compact`")
-    parser.add_argument("--stock", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-c", "--config", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stock:
-        StockServer(("127.0.0.1", options.stock), StockHandler).serve_forever()
+        with open(options.config, encoding="utf-8") as file:
+            port = json.load(file)["settings"]["listen_port"]
+        StockServer(("127.0.0.1", port), StockHandler).serve_forever()
     if options.rounds < 1 or options.seconds < 1:
         parser.error("--rounds and --seconds must be at least 1")
     if not shutil.which("wrk"):
@@ -621,9 +527,10 @@ def main() -> int:
     folder = tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("BENCH_DIR", "/var/tmp"))
     try:
         return report(Bench(folder, options.rounds, options.seconds), names)
+    except Fault as fault:
+        sys.exit(f"bench: {fault}")
     finally:
-        for child in list(CHILDREN):
-            child.stop()
+        ServerProcess.kill_all()
         shutil.rmtree(folder, ignore_errors=True)
 
 
