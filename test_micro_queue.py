@@ -44,7 +44,8 @@ OTHER = "cc9d7b0a-8bee-47e4-887c-bdb799533773"
 ADMIN = "de9d7b0a-8bee-47e4-887c-bdb799533733"
 SEED = int(os.environ.get("SEED", "1"))      # of everything that is random here
 TORTURE = bool(os.environ.get("TORTURE"))    # many more of it, for hours
-ANSWER_S, START_S, END_S = 10, 60, 60        # how long a test waits for each of these
+ANSWER_S = float(os.environ.get("ANSWER_S", "10"))       # how long a test waits for anything
+START_S, END_S = 60, 60                      # how long for a server process to start, to end
 LATE_S = 10                                  # an answer that takes longer is a harness's fault
 SHORT = "short"                              # in place of an errno: only half is written
 
@@ -53,7 +54,7 @@ class Fault(Exception):
     """The server did what it must not do; one line a finding."""
 
 
-def eventually(condition, seconds=10, what="did not happen", pause_s=0.002):
+def eventually(condition, seconds=ANSWER_S, what="did not happen", pause_s=0.002):
     """Wait until a condition holds; return what it gave. Raises Fault."""
     deadline = time.monotonic() + seconds
     while True:
@@ -61,7 +62,7 @@ def eventually(condition, seconds=10, what="did not happen", pause_s=0.002):
         if found:
             return found
         if time.monotonic() > deadline:
-            raise Fault(f"{what} within {seconds} s")
+            raise Fault(f"{what} within {seconds:g} s")
         time.sleep(pause_s)
 
 
@@ -683,6 +684,17 @@ def waiting_consumers(*queues):
                for consumers in queue._consumers.values())
 
 
+def pass_time(queue, seconds):
+    """Let time pass on a queue's FakeClock, as the timers would notice it."""
+    queue._clock.passed += int(seconds * 1000)
+    queue.tick()
+
+
+def move_dead_letters(broker, queue):
+    """Move the dead letters of a queue now, as upkeep does each second."""
+    broker._move_dead_letters(queue)
+
+
 def dying(queue):
     """Return the (subscriber, id) of what is to be dead-lettered."""
     return set(queue._dead)
@@ -871,6 +883,8 @@ class RecordTest(unittest.TestCase):
         self.assertEqual(list(codec.records(data, 0, 44)), [(44, 44 + len(data), record)])
         self.assertEqual(list(codec.records(data, 0, 45)), [])
         self.assertEqual(other.size_of(data), 0)
+        twin = mq.Codec(other.log_id, codec.marker, 1)
+        self.assertEqual(list(twin.records(data, 0, 44)), [])
 
     def test_every_flipped_bit_is_seen(self):
         codec = mq.Codec.new(1)
@@ -2303,8 +2317,7 @@ class User:
             self.storage.tell("delivered", self.name, message.payload, message.id,
                               message.delivery)
         self.storage.tell("returned", self.name)
-        self.queue._clock.passed += seconds * 1000
-        self.queue.tick()
+        pass_time(self.queue, seconds)
 
     def purge(self):
         """Drop everything; from before the call on, nothing needs to come any more."""
@@ -3170,10 +3183,10 @@ class ConsumptionTest(ServerTest):
         self.put(b"bad")
         for _ in range(3):
             self.call("POST", f"/nack/fetcher?lease={self.lease()[0]}")
-        self.broker._move_dead_letters(self.queue)
+        move_dead_letters(self.broker, self.queue)
         self.assertEqual((counts(self.queue), counts(dead)), ((0, 1, 0), (0, 0, 0)))
         storage.heal()
-        self.broker._move_dead_letters(self.queue)
+        move_dead_letters(self.broker, self.queue)
         self.assertEqual((counts(self.queue), counts(dead)), ((0, 0, 0), (1, 0, 0)))
 
     def test_what_is_too_old_is_dropped_and_counted(self):
