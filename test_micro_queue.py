@@ -710,7 +710,7 @@ def read_ahead_count(queue, subscriber=""):
     return len(queue.state.subscriptions[subscriber]._ahead)
 
 
-# ---- The tests' folder and its queues ------------------------------------------------------
+# ---- A folder and its queues --------------------------------------------------------------
 
 def setUpModule():
     logging.disable(logging.CRITICAL)
@@ -1297,6 +1297,17 @@ class QueueTest(Folder):
         self.assertIsNone(other.take())
         clock.passed += 10_000
         self.assertIsNotNone(other.take())
+
+    def test_a_lease_is_over_in_time_whoever_looks_first(self):
+        clock = FakeClock()
+        queue = self.filled(b"a", clock=clock)
+        lease = queue.take(wish=mq.Wish(0, 0, 5)).lease
+        clock.passed += 5000                 # and no timer saw it yet
+        for late in (queue.ack, queue.nack, lambda *lease: queue.extend(*lease, 9)):
+            with self.assertRaises(mq.ApiError) as caught:
+                late("", lease)
+            self.assertEqual(caught.exception.status, 410)
+        self.assertEqual(queue.take().messages[0].delivery, 2)
 
     def test_a_late_word_on_what_is_gone_does_nothing(self):
         queue = self.filled(b"a")
@@ -2340,6 +2351,11 @@ class User:
         self.queue.compact()
         self.storage.tell("synced")
 
+    def compact_without_bookmark(self):
+        """As far as others can put before the bookmark, which makes the folder durable too."""
+        mq.Compaction(self.queue, lambda: None).run()
+        self.storage.tell("synced")
+
 
 class CrashStateTest(Folder):
     """A scenario gets a Recorder and uses a queue; `faults_of` tries all that may be left."""
@@ -2369,6 +2385,7 @@ class CrashStateTest(Folder):
         storage, self.subscribers = Recorder(broken), ("",)
         scenario(storage)
         self.drop()
+        storage.note("end")                  # a cut behind the last answer
         return self.explore(storage.calls, [], share, nested)
 
     def explore(self, calls, before, share, nested=0.0):
@@ -2424,6 +2441,7 @@ class CrashStateTest(Folder):
         queue = self.open(fsync="always", storage=storage, subscribers=self.subscribers)
         User(queue, storage, "nested").put()
         self.drop()
+        storage.note("end")
         return self.explore(storage.calls, [*marks, ("fault", True)], 0.3)
 
     def check(self, state, marks):
@@ -2481,6 +2499,8 @@ class CrashStateTest(Folder):
         user.compact()
         user.put(5000)
         user.take()
+        user.put()
+        user.compact_without_bookmark()
         user.put()
 
     def leased(self, storage):

@@ -73,6 +73,9 @@ MUTANTS = [
     Mutant("a new log that is not synced before it is put in place", (
         ("self.storage.fsync(fresh.fd)", "pass"),), (
         "CompactionTest.test_any_failure_before_the_rename_keeps_the_old_log",)),
+    Mutant("a new log whose name is not synced", (
+        ("self.storage.fsync(folder)\n", "pass\n"),), (
+        "CrashStateTest.test_no_power_cut_loses_repeats_or_makes_up_a_message",)),
     Mutant("an id that is given again after a kill", (
         ("self.state.next_id += ID_GAP", "pass"),), (
         "RecoveryTest.test_ids_leave_a_gap_unless_the_stop_was_clean",)),
@@ -89,6 +92,9 @@ MUTANTS = [
          "if consumers.lease_deadlines.is_due(0):"),), (
         "ConsumptionTest.test_what_is_not_acked_in_time_comes_back_at_its_place",
         "WorstDayTest.test_who_waits_comes_before_who_comes_just_as_a_lease_ends")),
+    Mutant("an ack that comes late and still counts", (
+        ("if lease is None or lease.deadline_ms <= self.now_ms():", "if lease is None:"),), (
+        "QueueTest.test_a_lease_is_over_in_time_whoever_looks_first",)),
     Mutant("a put that does not wake who waits", (
         ("self._touched.update(self._awaited)", "pass"),), (
         "WorstDayTest.test_one_answer_that_fails_keeps_the_others_from_nothing",
