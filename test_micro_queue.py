@@ -1960,7 +1960,7 @@ class CompactionTest(Folder):
         puts = [3000]
 
         def work():
-            while not stop.is_set():
+            while not stop.is_set() and puts[0] < 20_000:        # names of five digits sort
                 with lock:
                     queue.put([b"%05d" % puts[0]])
                     puts[0] += 1
