@@ -33,12 +33,16 @@ Storage: `<path>/<queue>/data.log` is the truth, `meta.json` only a bookmark int
 Every change of state goes one way: validate, append, apply to memory, let go of the lock,
 wait until durable, answer. Recovery applies the same records through the same function.
 
-Lock order: Queue._maintenance, Queue.lock, then Log._one_sync, Log._commit, Broker._timing;
-Server._pool stands alone. Never two queues' locks at once, and no lock that a take needs is
-held while a disk syncs, but for the last step of a compaction.
+Serving: one thread polls all connections and serves them in rounds, without waiting for
+anything. At the end of a round each queue writes what it was told, and each connection gets its
+answers. An answer that is late is handed to that thread by whoever has it.
+
+Lock order: Queue._maintenance, Queue.lock, then Log._one_sync, Log._commit, Budget._lock,
+Broker._timing; Syncers._lock stands alone. Never two queues' locks at once, and no lock that a
+take needs is held while a disk syncs, but for the last step of a compaction.
 
 Contents: Constants and errors, Config, Records, Log, Subscription, Queue, Broker, Metrics,
-HTTP, Server, main.
+HTTP messages, Actions, Connection, Server, main.
 """
 from __future__ import annotations
 
@@ -57,6 +61,7 @@ import http
 import itertools
 import json
 import logging
+import math
 import os
 import queue as queues
 import re
@@ -71,8 +76,9 @@ import sys
 import threading
 import time
 import zlib
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar)
+from typing import (Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar,
+                    Union)
 
 if __name__ == "__main__":
     # http.server imports http.client, and that ssl, if there is one: 1.2 MiB that serve nobody.
@@ -105,18 +111,23 @@ REQUEST_LINE_BYTES = 8 * KIB
 REQUEST_HEAD_BYTES = 32 * KIB
 REQUEST_FIELDS = 100
 RECEIVE_BYTES = 64 * KIB         # one recv: holds the head and body of nearly every request
-CACHED_HEAD_BYTES = KIB          # a longer head is parsed each time: bounds the cache's memory
+CACHED_HEADS = 512               # that are not parsed again
+CACHED_HEAD_BYTES = KIB          # a longer head always is: bounds the cache's memory
 SKIPPED_BODY_BYTES = 64 * KIB    # an unread body up to this is skipped, beyond it we close
 LINGER_S = 2                     # how long a closing answer waits for the client to stop sending
+SHARE_REQUESTS = 16              # what one connection gets of a round: requests answered at once,
+SHARE_BYTES = MIB                # bytes of body or answer,
+SHARE_CHUNKS = 256               # and chunks of a body
+ROUND_BYTES = 4 * MIB            # put in one round: more is written before its end
+BACKLOG_S = 0.005                # of a round, for what goes beyond such shares
+UNCOUNTED_BYTES = 64 * KIB       # of a body or an answer: so much of each is not worth counting
 DRAIN_S = 5                      # how long a stop waits for requests under way
 MAX_LINES = 10_000               # messages of one NDJSON body: bounds the hold of the lock
 RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
 REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
-LOOK_S = 2                       # how often a thread that waits looks whether its client is there
-POLL_S = 1                       # how often idle connections are looked through
-POLL_EVENTS = 64                 # ready connections of one poll
-PAUSE_S = 0.01                   # between looks at something that another thread is about to end
-SPARE_THREADS = 8                # threads that are kept while they have nothing to do
+POLL_S = 1                       # how often the deadlines of connections are looked through
+POLL_EVENTS = 64                 # ready connections of one round
+PAUSE_S = 0.01                   # between two looks, or tries, of a thread that may wait
 THREAD_STACK_BYTES = 512 * KIB   # the default of 8 MiB is address space for nothing
 
 log_event = logging.getLogger("micro_queue")
@@ -228,11 +239,17 @@ class Settings:
     max_message_bytes: int = _field(_whole(1, MAX_MESSAGE_BYTES), 16 * MIB)
     min_free_bytes: int = _field(_whole(0, 1 << 50), 16 * MIB)
     max_connections: int = _field(_whole(1, 65536), 1024)
+    max_inflight_bytes: Optional[int] = _field(_whole(2, 1 << 50, null=True), None)
     request_timeout: int = _field(_whole(1, 3600), 30)
     idle_timeout: int = _field(_whole(1, 86400), 75)
     standby: bool = _field(_later(_flag, False), False)
     tls_cert: Optional[str] = _field(_later(_text(".+", "a path", null=True), None), None)
     tls_key: Optional[str] = _field(_later(_text(".+", "a path", null=True), None), None)
+
+    @property
+    def inflight_bytes(self) -> int:
+        """What `max_inflight_bytes` is, or is by default."""
+        return self.max_inflight_bytes or max(2 * self.max_message_bytes, 256 * MIB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +270,7 @@ class QueueConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """Who may do what. Only the sha256 of the secret is kept after loading."""
+    """Who may do what. `parse_config` keeps of the secret only its sha256."""
 
     name: str = _field(_text(".{1,100}", "1 to 100 printable characters"))
     token: Optional[str] = _field(
@@ -268,6 +285,9 @@ class Token:
         if self.token is not None:
             return hashlib.sha256(self.token.encode("ascii")).digest()
         return bytes.fromhex(self.token_sha256 or "")
+
+    def without_secret(self) -> Token:
+        return dataclasses.replace(self, token=None, token_sha256=self.digest.hex())
 
     def may(self, permission: str, queue: str) -> bool:
         if self.admin:
@@ -323,26 +343,30 @@ def load_config(path: str) -> Config:
 
 
 def parse_config(value: Any) -> Config:
-    """Check a parsed JSON document (objects as `_Object`). Raises ConfigError."""
+    """Check a parsed JSON document. Raises ConfigError."""
     _check_keys(value, "config", {"settings", "queues", "tokens"})
-    settings = _build(Settings, value.get("settings", _Object()), "settings")
+    settings = _build(Settings, value.get("settings", {}), "settings")
     config = Config(settings, _build_all(QueueConfig, value, "queues"),
                     _build_all(Token, value, "tokens"))
     _check_unique("queues", "name", [queue.name for queue in config.queues])
     _check_unique("tokens", "name", [token.name for token in config.tokens])
+    if settings.inflight_bytes < 2 * settings.max_message_bytes:
+        raise ConfigError("settings.max_inflight_bytes: must be at least twice max_message_bytes "
+                          f"({settings.max_message_bytes}), or null")
     _check_dead_letters(config)
     _check_tokens(config)
     for number, queue in enumerate(config.queues):
         if not config.subscribers(queue):
             raise ConfigError(f"queues[{number}].kind: a broadcast queue needs a subscriber: a "
                               f"token without admin that has {queue.name} in its get")
-    return config
+    tokens = tuple(token.without_secret() for token in config.tokens)
+    return dataclasses.replace(config, tokens=tokens)
 
 
 def _check_keys(value: Any, path: str, known: Iterable[str]) -> None:
-    if not isinstance(value, _Object):
+    if not isinstance(value, dict):
         raise ConfigError(f"{path}: must be a JSON object")
-    if value.twice is not None:
+    if isinstance(value, _Object) and value.twice is not None:
         raise ConfigError(f"{path}.{value.twice}: stands there twice; remove one")
     for key in value:
         if key not in known:
@@ -604,11 +628,10 @@ class Log:
         self.damaged: Set[int] = set()       # offsets in this log that were reported
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
-        self._one_sync = threading.Lock()    # taken before `_commit`
+        self._one_sync = threading.Lock()    # held while a descriptor syncs; before `_commit`
         self._commit = threading.Lock()      # guards what follows, `durable`, `appends`, `fd`
-        self._leading = False                # a thread syncs for those who wait
+        self._leading = False                # somebody syncs for those who wait
         self._followers: List[Tuple[int, Callable[[Optional[LogFailed]], None]]] = []
-        self._syncing = 0                    # threads in fdatasync
         self._retired: List[int] = []        # replaced descriptors, not yet closed
 
     # -- opening
@@ -665,7 +688,7 @@ class Log:
         for name in (LOG_NAME, META_NAME):
             with contextlib.suppress(FileNotFoundError):
                 self.storage.unlink(os.path.join(self.folder, name + TEMPORARY))
-        start = self._read(0, HEADER.size)
+        start = self.read_bytes(0, HEADER.size)
         codec = Codec.of_header(start)
         if codec is not None:
             self.codec = codec
@@ -711,7 +734,7 @@ class Log:
     def _size(self) -> int:
         return os.fstat(self.fd).st_size
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read_bytes(self, offset: int, size: int) -> bytes:
         """Read `size` bytes, fewer only at the end of the file. Raises LogFailed."""
         data = b""
         while len(data) < size:
@@ -725,7 +748,7 @@ class Log:
         return data
 
     def _is_zeros(self, start: int, end: int) -> bool:
-        return not any(self._read(at, min(LOG_CHUNK_BYTES, end - at)).strip(b"\0")
+        return not any(self.read_bytes(at, min(LOG_CHUNK_BYTES, end - at)).strip(b"\0")
                        for at in range(start, end, LOG_CHUNK_BYTES))
 
     def scan(self, start: int, end: int,
@@ -743,7 +766,7 @@ class Log:
                 return
             have = len(data) if offset == base else 0    # already tried, and not enough
             want = self.codec.size_of(data) if have else chunk
-            more = self._read(offset, min(want, end - offset)) if want > have else b""
+            more = self.read_bytes(offset, min(want, end - offset)) if want > have else b""
             if len(more) > have:
                 base, data = offset, more
             else:
@@ -755,7 +778,7 @@ class Log:
         """Return where the first valid record at or behind `start` stands, `end` if none."""
         overlap = len(self.codec.marker) - 1
         for base in range(start, end, LOG_CHUNK_BYTES):
-            data = self._read(base, min(LOG_CHUNK_BYTES + overlap, end - base))
+            data = self.read_bytes(base, min(LOG_CHUNK_BYTES + overlap, end - base))
             at = data.find(self.codec.marker)
             while at >= 0:
                 if self.read(base + at, end):
@@ -766,10 +789,10 @@ class Log:
     def read(self, offset: int, end: Optional[int] = None) -> Optional[Record]:
         """Return the record at `offset`, None if no valid one stands there below `end`."""
         end = self.tail if end is None else end
-        data = self._read(offset, min(HEAD.size + AHEAD_BYTES, end - offset))
+        data = self.read_bytes(offset, min(HEAD.size + AHEAD_BYTES, end - offset))
         size = self.codec.size_of(data)
         if len(data) < size <= end - offset:
-            data = self._read(offset, size)
+            data = self.read_bytes(offset, size)
         place = next(self.codec.records(data, 0, offset), None)
         return place[2] if place else None
 
@@ -794,7 +817,8 @@ class Log:
             self.tail = end
         for at in range(start, self.tail, REWRITE_BYTES):
             # A sync that failed before a crash leaves pages that are clean but not on disk.
-            self.storage.write_all(self.fd, self._read(at, min(REWRITE_BYTES, self.tail - at)), at)
+            data = self.read_bytes(at, min(REWRITE_BYTES, self.tail - at))
+            self.storage.write_all(self.fd, data, at)
         self.storage.fdatasync(self.fd)
         self.storage.fsync_folder(self.folder)
 
@@ -819,7 +843,7 @@ class Log:
             fd = self.storage.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
                 for at in range(offset, end, REWRITE_BYTES):
-                    data = self._read(at, min(REWRITE_BYTES, end - at))
+                    data = self.read_bytes(at, min(REWRITE_BYTES, end - at))
                     self.storage.write_all(fd, data, at - offset)
                 self.storage.fsync(fd)
             finally:
@@ -870,8 +894,8 @@ class Log:
     def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None]) -> bool:
         """Have `call(None)` made once append `number` is as durable as `fsync` asks for.
 
-        Does not block; `call` is made at once, or by the thread that leads the sync, with the
-        failure if it fails. Returns whether it is the caller's turn to `lead`.
+        Does not block; `call` is made at once, or by whoever syncs, with the failure if that
+        fails. Returns whether it is the caller's turn to have `lead` called.
         """
         if self.fsync == "always":
             with self._commit:
@@ -886,55 +910,60 @@ class Log:
 
     def lead(self) -> None:
         """Sync until nobody waits: one sync for all whose writes ended before it began."""
-        waiting = True
-        while waiting:
-            self.sync()
-            with self._commit:
-                ready = [call for number, call in self._followers if number <= self.durable]
-                self._followers = [f for f in self._followers if f[0] > self.durable]
-                waiting = self._leading = bool(self._followers)
-            for call in ready:
-                call(None)
+        while self.lead_once():
+            pass
+
+    def lead_once(self) -> bool:
+        """Sync and tell those whom that serves. Returns whether the caller is to go on."""
+        self.sync()
+        with self._commit:
+            ready = [call for number, call in self._followers if number <= self.durable]
+            self._followers = [f for f in self._followers if f[0] > self.durable]
+            self._leading = more = bool(self._followers)
+        for call in ready:
+            call(None)
+        return more
 
     def wait_durable(self, number: int) -> None:
-        """Block until append `number` is durable; raises LogFailed."""
-        turn = threading.Lock()
-        turn.acquire()
-        if self.when_durable(number, lambda _: turn.release()):
-            self.lead()
-        turn.acquire()
-        if self.failure:
-            raise self.failure
+        """Block until append `number` is as durable as `fsync` asks for; raises LogFailed. Lasts
+        for two syncs at most, whatever others append."""
+        if self.fsync == "always":
+            self.sync(number)
 
-    def sync(self) -> None:
-        """Block until all appends so far are on disk; raises LogFailed."""
-        with self._one_sync:                 # of two at once only one would be told of an error
-            with self._commit:
-                if self.failure:
-                    raise self.failure
-                target, fd = self.appends, self.fd
-                self._syncing += 1
-            started = time.perf_counter()
-            try:
-                self.storage.fdatasync(fd)
-            except OSError as error:
-                self._fail("sync", error)
-            with self._commit:
-                self.syncs += 1
-                self.sync_seconds += time.perf_counter() - started
-                self.durable = max(self.durable, target)
-                self._syncing -= 1
+    def sync(self, number: Optional[int] = None) -> None:
+        """Block until all appends so far, or those up to `number`, are on disk; raises LogFailed.
+        A closed log has nothing to sync."""
+        while not self._one_sync.acquire(timeout=PAUSE_S):       # others may get it each time
+            if number is not None and number <= self.durable:
+                return
+        try:
+            if self.failure:
+                raise self.failure
+            if self.fd >= 0 and (number is None or number > self.durable):
+                self._sync_once()
+        finally:
+            self._one_sync.release()
+
+    def _sync_once(self) -> None:
+        """Called with `_one_sync` held: of two at once only one would be told of an error."""
+        with self._commit:
+            target, fd = self.appends, self.fd
+        started = time.perf_counter()
+        try:
+            self.storage.fdatasync(fd)
+        except OSError as error:
+            self._fail("sync", error)
+        with self._commit:
+            self.syncs += 1
+            self.sync_seconds += time.perf_counter() - started
+            self.durable = max(self.durable, target)
 
     def close_replaced(self) -> None:
         """Close descriptors of replaced files; slow, for that frees a whole file's space."""
-        while self._retired:
-            with self._commit:
-                old = [] if self._syncing else self._retired
-                self._retired = self._retired if self._syncing else []
-            for fd in old:
-                self._close(fd)
-            if self._retired:
-                time.sleep(PAUSE_S)          # a sync may still use it (invariant 3)
+        with self._one_sync, self._commit:   # so that no sync uses them (invariant 3)
+            old, self._retired = self._retired, []
+        for fd in old:
+            self._close(fd)
 
     # -- replacing
 
@@ -1008,11 +1037,14 @@ class Log:
         return self._is_path(self.fd)
 
     def close(self) -> None:
-        """Let go of the file and its lock. Does not sync."""
+        """Let go of the file and its lock, after a sync that is under way. Does not sync; who
+        still waits is not answered."""
         self.close_replaced()
-        if self.fd >= 0:
-            self._close(self.fd)
-            self.fd = -1
+        with self._one_sync, self._commit:
+            self._followers.clear()
+            if self.fd >= 0:
+                self._close(self.fd)
+                self.fd = -1
 
 
 def _identity(status: os.stat_result) -> Tuple[int, int]:
@@ -1064,7 +1096,7 @@ class LegacyLog:
     def _payloads(self) -> Iterator[bytes]:
         at = 0
         while at < self.tail:
-            start = self._log._read(at, U64.size)
+            start = self._log.read_bytes(at, U64.size)
             length = U64.unpack(start)[0] if len(start) == U64.size else self._size
             end = at + U64.size + length
             if end > self._size:
@@ -1073,7 +1105,7 @@ class LegacyLog:
             if length > MAX_MESSAGE_BYTES:
                 self._log.set_aside(at, end)
             elif end > self.head and length:
-                yield self._log._read(at + U64.size, length)
+                yield self._log.read_bytes(at + U64.size, length)
             at = end
 
 
@@ -1194,7 +1226,7 @@ class Subscription:
     def holds(self, message_id: int) -> bool:
         return message_id >= self.cursor_id or message_id in self.entries
 
-    def _next(self) -> Optional[Placed]:
+    def at_cursor(self) -> Optional[Placed]:
         """Return the first message at the cursor, which moves over entries that lie beyond it."""
         while True:
             while self._ahead:
@@ -1283,14 +1315,14 @@ class Subscription:
 
     def _advance(self, last: int, drop_from: int) -> None:
         """Move the cursor over every message up to `last`; what is below `drop_from` stays."""
-        place = self._next()
+        place = self.at_cursor()
         while place and place[2].id <= last:
             keep = place[2].id < drop_from
             offset, end, record = self._pass(keep=keep)
             if keep:
                 self.entries[record.id] = ENTRY.pack(offset, READY, end - offset, record.deliveries)
                 self._wait_until(record.id, READY)
-            place = self._next()
+            place = self.at_cursor()
 
     # -- what the log says
 
@@ -1336,6 +1368,19 @@ class Subscription:
             if record and record.type == MESSAGE and record.delay_ms and record.id >= message_id:
                 self.apply_delayed(record, offset, after - offset)
 
+    def restore(self, place: Place) -> None:
+        """Stand, from new on, where a bookmark says."""
+        self.cursor_id, self.cursor_offset = place.cursor_id, place.cursor_offset
+        self._read_offset = place.cursor_offset
+        self.passed, self.passed_bytes = place.passed, place.passed_bytes
+        for message_id, entry in place.entries.items():
+            _, due_ms, size, _ = ENTRY.unpack(entry)
+            self.entries[message_id] = entry
+            self._wait_until(message_id, due_ms)
+            if message_id < self.cursor_id:
+                self.kept += 1
+                self.kept_bytes += size
+
     # -- what only memory knows
 
     def tick(self, now_ms: int, limit: int) -> None:
@@ -1352,7 +1397,7 @@ class Subscription:
     def look(self) -> Optional[Message]:
         """Return the lowest ready message. One whose bytes went bad is set aside and gone."""
         while True:
-            ready, place = self.ready.first(), self._next()
+            ready, place = self.ready.first(), self.at_cursor()
             if place and (ready is None or place[2].id < ready[1]):
                 offset, end, record = place
                 return as_message(record, offset, end - offset, record.deliveries)
@@ -1404,7 +1449,7 @@ class Subscription:
 
     def oldest(self) -> Optional[Record]:
         """Return the first message that is not settled. Looks at every entry."""
-        place = self._next()                 # moves the cursor over entries beyond it
+        place = self.at_cursor()             # moves the cursor over entries beyond it
         if self.entries and (place is None or min(self.entries) < place[2].id):
             return self._state.log.read(ENTRY.unpack(self.entries[min(self.entries)])[0])
         return place[2] if place else None
@@ -1513,7 +1558,7 @@ class State:
 
     def _count_held(self) -> Tuple[int, int]:
         for subscription in self.subscriptions.values():
-            subscription._next()             # counts what it need not see
+            subscription.at_cursor()         # counts what it need not see
         lowest = min(self.subscriptions.values(), key=lambda s: s.cursor_id)
         below = {id_: entry for s in self.subscriptions.values()
                  for id_, entry in s.entries.items() if id_ < lowest.cursor_id}
@@ -1554,7 +1599,7 @@ class State:
         self.appended, self.appended_bytes = snapshot.appended, snapshot.appended_bytes
         for place in snapshot.places:
             subscription = self.subscriptions[place.name] = Subscription(place.name, self)
-            place.restore(subscription)
+            subscription.restore(place)
 
 
 class Place(NamedTuple):
@@ -1614,19 +1659,6 @@ class Place(NamedTuple):
             due_ms = READY if due_ms == LEASED else due_ms
             if count or due_ms:
                 yield retry(message_id, count, due_ms, name, now_ms)
-
-    def restore(self, subscription: Subscription) -> None:
-        s = subscription
-        s.cursor_id, s.cursor_offset = self.cursor_id, self.cursor_offset
-        s._read_offset = self.cursor_offset
-        s.passed, s.passed_bytes = self.passed, self.passed_bytes
-        for message_id, entry in self.entries.items():
-            _, due_ms, size, _ = ENTRY.unpack(entry)
-            s.entries[message_id] = entry
-            s._wait_until(message_id, due_ms)
-            if message_id < s.cursor_id:
-                s.kept += 1
-                s.kept_bytes += size
 
     def to_json(self) -> Dict[str, Any]:
         packed = bytearray()
@@ -1714,6 +1746,43 @@ class Space:
                 raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
 
 
+class Budget:
+    """What may be held for clients at one time: bytes of bodies that arrive and of answers that
+    leave, so that no client fills the memory. What is no larger than UNCOUNTED_BYTES does not
+    count. Thread-safe.
+
+    `reserve` is what a message of the largest size takes: it is kept from bodies, so that takes
+    go on. Without that much room the budget is `tight`; once it no longer is, `on_room` is called.
+    """
+
+    def __init__(self, limit: int = NEVER, reserve: int = 0,
+                 on_room: Callable[[], None] = lambda: None) -> None:
+        self.held, self.tight = 0, False
+        self._limit, self._on_room = limit - reserve, on_room
+        self._lock = threading.Lock()
+
+    def has_room(self, size: int) -> bool:
+        """Tell whether `size` bytes of a body fit."""
+        return self.held + size <= self._limit
+
+    def hold(self, size: int) -> None:
+        """Count bytes as held; a negative size lets go of them."""
+        with self._lock:
+            self.held += size
+            was_tight, self.tight = self.tight, self.held > self._limit
+        if was_tight and not self.tight:
+            self._on_room()
+
+
+class Put(NamedTuple):
+    """Messages that come in one request. `done` is called once, without a lock: with the first
+    one's id when they are as durable as `fsync` asks for, or with what refused them."""
+
+    payloads: Sequence[bytes]
+    delay_s: int = 0
+    done: Callable[[Union[int, Exception]], None] = lambda _: None
+
+
 class Wish(NamedTuple):
     """What a consumer asks for. Without a lease, the server settles what left."""
 
@@ -1732,6 +1801,11 @@ class Delivery(NamedTuple):
     messages: Sequence[Message]
     lease: Optional[int] = None
     as_lines: bool = False
+    held: int = 0                            # of the budget: its bytes, or 0 if they are few
+
+    def without_payloads(self) -> Delivery:
+        """Return what is enough to settle it."""
+        return self._replace(messages=[m._replace(payload=b"") for m in self.messages])
 
 
 class Lease(NamedTuple):
@@ -1755,6 +1829,11 @@ class Waiter:
     is_gone: Callable[[], bool] = lambda: False
     deadline_ms: int = 0                     # in the queue's time
     key: int = dataclasses.field(default_factory=_waiter_keys.__next__)
+
+
+def no_room(*, close: bool = False) -> ApiError:
+    return ApiError(503, "Too much is under way (max_inflight_bytes); try again later",
+                    close=close)
 
 
 class Consumers:
@@ -1813,20 +1892,7 @@ class Turn:
         self._queue.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        queue = self._queue
-        try:
-            if queue._touched:
-                queue._match_locked()
-        finally:
-            answers, queue._answers = queue._answers, []
-            queue.lock.release()
-        for waiter, delivery in answers:
-            try:
-                waiter.answer(delivery)
-            except Exception:                # the others must get theirs
-                log_event.exception("answer_failed")
-                if delivery:
-                    queue.retry(delivery)
+        self._queue.end_turn()
 
 
 class Queue:
@@ -1840,15 +1906,21 @@ class Queue:
     2. Nobody waits for what is ready: whoever makes something ready takes a `_turn`, and notes
        in `_touched` for whom.
     3. What is not above `_expired_id` is older than `ttl` and never becomes ready.
+    4. What is staged for the end of the round changes nothing until `flush` writes and applies
+       it: a message that was settled is LEASED until then.
     """
 
     def __init__(self, config: QueueConfig, folder: str, *, fsync: str = "always",
                  subscribers: Sequence[str] = (FIFO,), clock: Optional[Clock] = None,
                  storage: Optional[Storage] = None, space: Optional[Space] = None,
+                 budget: Optional[Budget] = None, staging: Optional[Set[Queue]] = None,
+                 lead: Callable[[Log], None] = Log.lead,
                  wake_at: Callable[[int], None] = lambda _: None) -> None:
         self.config, self.subscribers = config, subscribers
         self._wake_at = wake_at              # is told when (monotonic ms) to call `tick`
-        self.space = space or Space(folder, 0)
+        self._lead = lead                    # has a log's `lead` called
+        self._staging = staging              # queues to flush; None: each call writes at once
+        self.space, self._budget = space or Space(folder, 0), budget or Budget()
         self.lock, self._maintenance = threading.Lock(), threading.Lock()
         self.log = Log(folder, fsync, storage)
         self.state = State(self.log)
@@ -1857,7 +1929,7 @@ class Queue:
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
         self._epoch_ms = 0                   # the queue's time when the monotonic clock was 0
-        self._unlogged = 0                   # notes that a full disk kept out of the log
+        self.unlogged = 0                   # notes that a full disk kept out of the log
         self._closed = False
         self._limited = config.max_messages is not None or config.max_bytes is not None
         self._turn = Turn(self)
@@ -1865,6 +1937,9 @@ class Queue:
         self._awaited: Set[str] = set()      # subscribers with waiters
         self._touched: Set[str] = set()      # those for whom something may have become ready
         self._answers: List[Tuple[Waiter, Optional[Delivery]]] = []
+        self._puts: List[Put] = []           # staged; see flush
+        self._staged_bytes = 0
+        self._settled: Dict[str, List[int]] = {}         # staged ids by subscriber
         self._dead: Dict[Tuple[str, int], bool] = {}     # to be dead-lettered, in order
         self._expired_id = 0
         self._expiry_offset = HEADER.size    # of the first message that did not expire yet
@@ -1938,8 +2013,9 @@ class Queue:
     def close(self) -> None:
         """Write a bookmark that marks a clean stop, and let go of the folder."""
         with self.lock:
+            self._write_settled_locked()
             self._closed = True
-        if self._unlogged:
+        if self.unlogged:
             with contextlib.suppress(CompactionFailed):
                 self.compact()
         self.bookmark(clean=True)
@@ -1948,6 +2024,44 @@ class Queue:
     def now_ms(self) -> int:
         """The queue's time: the wall clock at start, advanced by the monotonic clock."""
         return self._epoch_ms + self._clock.monotonic_ms()
+
+    # -- rounds
+
+    def flush(self) -> None:
+        """End a round: write what was put with one write, what was settled with one record a
+        run of ids. Does not wait for a disk."""
+        with self._turn:
+            puts, self._puts, self._staged_bytes = self._puts, [], 0
+            try:
+                self._write_settled_locked()
+                results: Sequence[Union[int, Exception]] = self._append_locked(puts) if puts else ()
+                number = self.log.appends
+            except LogFailed:
+                raise
+            except Exception as error:       # a full disk, or no memory: each is refused
+                results, number = [error] * len(puts), 0
+
+        def tell(failure: Optional[LogFailed]) -> None:
+            for put, result in zip(puts, results):
+                put.done(failure or result)
+        if puts:
+            self.when_durable(number, tell)
+
+    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None]) -> None:
+        """Have `call` made as `Log.when_durable` says. Does not block."""
+        if self.log.when_durable(number, call):
+            self._lead(self.log)
+
+    def _stage_locked(self) -> None:
+        if self._staging is None:
+            self._write_settled_locked()
+        else:
+            self._staging.add(self)
+
+    def _write_settled_locked(self) -> None:
+        for subscriber in list(self._settled):
+            self._note_settled_locked(subscriber, self._settled[subscriber])
+            del self._settled[subscriber]
 
     # -- putting
 
@@ -1959,14 +2073,17 @@ class Queue:
     def _check_room_locked(self, payload_bytes: int, count: int) -> None:
         self._check_open()
         if self._limited:
-            self._check_limits(payload_bytes, count)
+            self._check_limits_locked(payload_bytes, count)
         self.space.use(payload_bytes + count * HEAD.size)
 
-    def _check_limits(self, payload_bytes: int, count: int) -> None:
+    def _check_limits_locked(self, payload_bytes: int, count: int) -> None:
+        self._write_settled_locked()
         held_count, held_bytes = self.state.held()
+        held_bytes -= held_count * HEAD.size
+        held_count += sum([len(put.payloads) for put in self._puts])
+        held_bytes += self._staged_bytes
         limits = (("max_messages", self.config.max_messages, held_count, count),
-                  ("max_bytes", self.config.max_bytes, held_bytes - held_count * HEAD.size,
-                   payload_bytes))
+                  ("max_bytes", self.config.max_bytes, held_bytes, payload_bytes))
         for name, limit, _, more in limits:
             if limit is not None and more > limit:
                 raise ApiError(413, f"This could never fit {name} of the queue ({limit})")
@@ -1974,35 +2091,51 @@ class Queue:
             if limit is not None and held + more > limit:
                 raise ApiError(429, f"The queue is full ({name} {limit}); try again later")
 
+    def stage(self, put: Put) -> None:
+        """Have messages appended by the next `flush`, all or none; only a crash may leave the
+        first part. Raises ApiError 413, 429 or 503 with nothing queued."""
+        assert self._staging is not None
+        size = sum(map(len, put.payloads))
+        with self.lock:
+            self._check_room_locked(size, len(put.payloads))
+            self._puts.append(put)
+            self._staged_bytes += size
+            self._staging.add(self)
+        if self._staged_bytes >= ROUND_BYTES:
+            self.flush()
+
     def put(self, payloads: Sequence[bytes], delay_s: int = 0, *, limited: bool = True) -> int:
-        """Append messages and return the first one's id; durable on return. As `append`."""
-        first, number = self.append(payloads, delay_s, limited=limited)
-        self.log.wait_durable(number)
-        return first
-
-    def append(self, payloads: Sequence[bytes], delay_s: int = 0, *,
-               limited: bool = True) -> Tuple[int, int]:
-        """Append messages with one write; return the first one's id and the log's number of
-        this append, to wait for. All or none; only a crash may leave the first part.
-
-        Raises ApiError 413, 429 or 503 with nothing queued, LogFailed when that is not known.
-        """
+        """Append messages at once and return the first one's id; durable on return. As `stage`;
+        raises LogFailed when it is not known what is queued."""
         with self._turn:
             if limited:
                 self._check_room_locked(sum(map(len, payloads)), len(payloads))
-            first, now_ms = self.state.next_id, self.now_ms()
-            records = [Record(MESSAGE, first + number, now_ms, payload, 0, delay_s * 1000)
-                       for number, payload in enumerate(payloads)]
-            for record, (offset, size) in zip(records, self.log.append(records)):
-                self.state.apply(record, offset, size)
-            self.in_total += len(records)
-            self._touched.update(self._awaited)
-            if delay_s:
-                self._wake_locked(now_ms + delay_s * 1000)
-            if self.config.ttl and self._expiry_ms == NEVER:
-                self._expiry_ms = now_ms + self.config.ttl * 1000
-                self._wake_locked(self._expiry_ms)
-            return first, self.log.appends
+            first, = self._append_locked([Put(payloads, delay_s)])
+            number = self.log.appends
+        self.log.wait_durable(number)
+        return first
+
+    def _append_locked(self, puts: Sequence[Put]) -> List[int]:
+        """Append what was put with one write, and apply it; return the first id of each."""
+        firsts: List[int] = []
+        records: List[Record] = []
+        next_id, now_ms = self.state.next_id, self.now_ms()
+        for put in puts:
+            firsts.append(next_id)
+            records += [Record(MESSAGE, id_, now_ms, payload, 0, put.delay_s * 1000)
+                        for id_, payload in enumerate(put.payloads, next_id)]
+            next_id += len(put.payloads)
+        for record, (offset, size) in zip(records, self.log.append(records)):
+            self.state.apply(record, offset, size)
+        self.in_total += len(records)
+        self._touched.update(self._awaited)
+        delays_s = [put.delay_s for put in puts if put.delay_s]
+        if delays_s:
+            self._wake_locked(now_ms + min(delays_s) * 1000)
+        if self.config.ttl and self._expiry_ms == NEVER:
+            self._expiry_ms = now_ms + self.config.ttl * 1000
+            self._wake_locked(self._expiry_ms)
+        return firsts
 
     # -- taking
 
@@ -2021,9 +2154,14 @@ class Queue:
                 if self._touched:            # who waits came first
                     self._match_locked()
                 if now_ms < self._expiry_ms:
-                    delivery = self._take_locked(subscriber, wish)
+                    fitting = self._fitting_locked(subscriber, wish)
+                    delivery = self._take_locked(subscriber, fitting) if fitting else None
                     if delivery is None and waiter:
                         self._wait_locked(subscriber, waiter, now_ms)
+                    if not fitting and not waiter:
+                        raise no_room()
+                    if not fitting:          # the budget has `tick` called once there is room
+                        self._touched.add(subscriber)
                     return delivery
                 self._expire_locked(now_ms)
 
@@ -2031,18 +2169,44 @@ class Queue:
         if self._closed:
             raise ApiError(503, "The server is stopping; try again")
 
+    def _fitting_locked(self, subscriber: str, wish: Wish) -> Optional[Wish]:
+        """Return what of a wish is to be had while clients hold much: only what does not count;
+        None if the next message does."""
+        if not self._budget.tight:
+            return wish
+        message = self.state.subscriptions[subscriber].look()
+        if message and len(message.payload) > UNCOUNTED_BYTES:
+            return None
+        return wish._replace(max_bytes=UNCOUNTED_BYTES)
+
     def _take_locked(self, subscriber: str, wish: Wish) -> Optional[Delivery]:
         subscription, messages = self.state.subscriptions[subscriber], []
-        for message in choose(iter(subscription.look, None), wish):
-            subscription.lease(message)
-            messages.append(message)
-        if not messages:
-            return None
-        key = secrets.randbits(KEY_BITS) if wish.lease_s else None
-        if key is not None:
-            out = [(message.id, message.delivery) for message in messages]
-            self._lease_locked(subscriber, key, out, wish.lease_s)
-        return Delivery(subscriber, messages, key, wish.lines > 0 and is_line(messages[0].payload))
+        try:
+            for message in choose(iter(subscription.look, None), wish):
+                subscription.lease(message)
+                messages.append(message)
+            if not messages:
+                return None
+            key = secrets.randbits(KEY_BITS) if wish.lease_s else None
+            if key is not None:
+                out = [(message.id, message.delivery) for message in messages]
+                self._lease_locked(subscriber, key, out, wish.lease_s)
+            delivery = self._delivery(subscriber, messages, wish, key)
+            if delivery.held:
+                self._budget.hold(delivery.held)
+            return delivery
+        except Exception:                    # no memory: nobody has them
+            for message in messages:
+                subscription.apply_retry(message.id, message.delivery - 1, READY)
+            raise
+
+    def _delivery(self, subscriber: str, messages: Sequence[Message], wish: Wish,
+                  key: Optional[int] = None) -> Delivery:
+        """Return messages as what goes to a consumer."""
+        as_lines = wish.lines > 0 and is_line(messages[0].payload)
+        size = sum([len(message.payload) for message in messages])
+        held = size if size > UNCOUNTED_BYTES else 0
+        return Delivery(subscriber, messages, key, as_lines, held)
 
     def _lease_locked(self, subscriber: str, key: int, out: Sequence[Tuple[int, int]],
                       seconds: int) -> None:
@@ -2056,13 +2220,14 @@ class Queue:
         while self.tick() <= self._clock.monotonic_ms():
             pass
         with self._turn:
+            if self._budget.tight:
+                raise no_room()
             state = self.state
             ready = (state.all_held() if subscriber is None
                      else state.subscriptions[subscriber].upcoming())
             messages = [message._replace(delivery=message.delivery - 1)
                         for message in choose(ready, wish)]
-        return Delivery(subscriber or FIFO, messages, None, wish.lines > 0
-                        and is_line(messages[0].payload)) if messages else None
+            return self._delivery(subscriber or FIFO, messages, wish) if messages else None
 
     # -- waiting
 
@@ -2072,6 +2237,28 @@ class Queue:
         self._awaited.add(subscriber)
         self._wake_locked(waiter.deadline_ms)
 
+    def end_turn(self) -> None:
+        """Match what became ready with those who wait, let go of the lock, and tell them. Called
+        with the lock held, at the end of a `Turn`."""
+        try:
+            if self._touched:
+                self._match_locked()
+        except LogFailed:
+            raise
+        except Exception:                    # no memory: what was done stays done
+            log_event.exception("match_failed queue=%s", self.config.name)
+            self._wake_locked(self.now_ms() + POLL_S * 1000)
+        finally:
+            answers, self._answers = self._answers, []
+            self.lock.release()
+        for waiter, delivery in answers:
+            try:
+                waiter.answer(delivery)
+            except Exception:                # the others must get theirs
+                log_event.exception("answer_failed")
+                if delivery:
+                    self.retry(delivery)
+
     def _match_locked(self) -> None:
         """Give what is ready to those who wait, first come, first served (invariant 2)."""
         now_ms = self.now_ms()
@@ -2079,21 +2266,26 @@ class Queue:
         if now_ms >= self._expiry_ms:        # more than one hold of the lock may take
             self._wake_locked(now_ms)
             return
-        while self._touched:
-            name = self._touched.pop()
+        for name in list(self._touched):
             waiters = self._consumers[name].waiters
             while waiters and self.state.subscriptions[name].look():
-                _, waiter = waiters.popitem(last=False)
-                gone = waiter.is_gone()
-                self._answers.append((waiter, None if gone
-                                      else self._take_locked(name, waiter.wish)))
+                waiter = next(iter(waiters.values()))
+                fitting = self._fitting_locked(name, waiter.wish)
+                if not fitting:              # the budget has `tick` called once there is room
+                    break
+                delivery = None if waiter.is_gone() else self._take_locked(name, fitting)
+                del waiters[waiter.key]
+                self._answers.append((waiter, delivery))
+            else:
+                self._touched.discard(name)
             if not waiters:
                 self._awaited.discard(name)
 
-    def stop_waiting(self, subscriber: str, waiter: Waiter) -> bool:
-        """Forget a waiter that is not to be answered; False if it is too late for that."""
-        with self.lock:
-            return self._consumers[subscriber].waiters.pop(waiter.key, None) is not None
+    def stop_waiting(self, subscriber: str, waiter: Waiter) -> None:
+        """Answer a waiter with None now, unless it is answered already."""
+        with self._turn:
+            if self._consumers[subscriber].waiters.pop(waiter.key, None):
+                self._answers.append((waiter, None))
 
     def dismiss(self) -> None:
         """Answer all who wait with None."""
@@ -2110,12 +2302,16 @@ class Queue:
 
     def settle(self, delivery: Delivery) -> None:
         """A delivery has left: what is not leased is gone. Not durable on return."""
+        if delivery.held:
+            self._budget.hold(-delivery.held)
         if delivery.lease is None:
             with self.lock:
                 self._settle_locked(delivery.subscriber, [m.id for m in delivery.messages])
 
     def retry(self, delivery: Delivery) -> None:
         """A delivery could not leave: its messages are back at their old place."""
+        if delivery.held:
+            self._budget.hold(-delivery.held)
         with self._turn:
             leases = self._consumers[delivery.subscriber].leases
             if delivery.lease is not None and leases.pop(delivery.lease, None) is None:
@@ -2153,7 +2349,8 @@ class Queue:
 
     def _settle_locked(self, subscriber: str, ids: Iterable[int]) -> None:
         ids = self._out_locked(subscriber, ids)
-        self._note_settled_locked(subscriber, ids)
+        self._settled.setdefault(subscriber, []).extend(ids)
+        self._stage_locked()
         self.out_total += len(ids)
 
     def _note_settled_locked(self, subscriber: str, ids: Iterable[int]) -> None:
@@ -2187,6 +2384,7 @@ class Queue:
         to wait for. Raises ApiError 503 with nothing changed."""
         with self._turn:
             self._check_open()
+            self._write_settled_locked()
             count, now_ms = self.state.held()[0], self.now_ms()
             self._place_locked([position(self.state.next_id, name, now_ms)
                                 for name in self._consumers])
@@ -2313,6 +2511,7 @@ class Queue:
         """Return what there is to tell, by the names of the metrics; `subscribers` by name."""
         self.tick()
         with self.lock:
+            self._write_settled_locked()
             return {"kind": self.config.kind,
                     "subscribers": {name: self._numbers_locked(name) for name in self._consumers},
                     "log_bytes": self.log.tail, "messages_in_total": self.in_total,
@@ -2341,7 +2540,7 @@ class Queue:
         try:
             self.log.append(records)
         except ApiError:
-            self._unlogged += 1
+            self.unlogged += 1
         for record in records:
             self.state.apply(record, 0, 0)   # only a message needs its place
 
@@ -2383,7 +2582,7 @@ class Queue:
         whether it was written; if not, the next start takes longer, nothing else."""
         with self._maintenance:
             with self.lock:
-                if self._unlogged:           # a bookmark is a function of the log alone
+                if self.unlogged:           # a bookmark is a function of the log alone
                     return False
                 snapshot, log_id = self.state.snapshot(), self._log_id()
             self.log.sync()
@@ -2402,7 +2601,7 @@ class Queue:
 
     def use_locked(self, state: State) -> None:
         """Go on with the state of a new log, which tells all that memory knows."""
-        self.state, self._unlogged = state, 0
+        self.state, self.unlogged = state, 0
         self._expiry_offset = HEADER.size
         self._expiry_ms = min(self._expiry_ms, 0 if self.config.ttl else NEVER)
 
@@ -2414,7 +2613,7 @@ class Queue:
             size, (_, held_bytes) = self.log.tail - HEADER.size, self.state.held()
             enough = COMPACT_DEAD_LOW_BYTES if self.space.left < 0 else COMPACT_DEAD_BYTES
             dead = size - held_bytes - self._undying_bytes
-            return (self._unlogged > 0 or not self.log.is_in_place()
+            return (self.unlogged > 0 or not self.log.is_in_place()
                     or (dead >= enough and dead * 2 > size))
 
     def held_bytes(self) -> int:
@@ -2453,7 +2652,7 @@ class Compaction:
     def __init__(self, queue: Queue, pause: Callable[[], None]) -> None:
         self._queue, self._pause = queue, pause
         with queue.lock:
-            self._snapshot, self._unlogged = queue.state.snapshot(), queue._unlogged
+            self._snapshot, self._unlogged = queue.state.snapshot(), queue.unlogged
         self._fresh = queue.log.fresh(self._snapshot.next_id)
         self._state = State(self._fresh)
         self._holes: Dict[str, List[List[int]]] = {}     # by subscriber, runs it has settled
@@ -2566,7 +2765,7 @@ class Compaction:
             if not (ours.agrees_with(live) or self._damaged):
                 raise CompactionFailed("the new log does not tell what memory knows; the old one "
                                        "stays")
-        if queue._unlogged != self._unlogged:
+        if queue.unlogged != self._unlogged:
             raise CompactionFailed("the disk was full meanwhile; the new log lacks what it refused")
         queue.log.replace_with(self._fresh)
         state.log, state.next_id = queue.log, max(state.next_id, queue.state.next_id)
@@ -2591,33 +2790,89 @@ def _checksum(value: Dict[str, Any]) -> int:
 # ---- Broker -------------------------------------------------------------------------------
 # All queues and tokens, and the threads that keep them: nothing here knows HTTP.
 
-class Job:
-    """A wish for a compaction; `done` is set when it was tried, `error` tells how it went."""
+DRAINING, RECOVERING = "draining", "recovering"
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue, self.done = queue, threading.Event()
-        self.error: Optional[Exception] = None
+
+class Job(NamedTuple):
+    """A wish for a compaction. `done` is called once, with what went wrong, if anything did."""
+
+    queue: Queue
+    done: Callable[[Optional[Exception]], None] = lambda _: None
+
+
+class Syncers:
+    """Threads that sync logs for those who wait: as many as logs that sync at one time.
+
+    `unserved` are logs for which no thread was to be had: who polls syncs them, once a round.
+    """
+
+    def __init__(self, on_failure: Callable[[LogFailed], None]) -> None:
+        self.unserved: Deque[Log] = collections.deque()
+        self._on_failure = on_failure
+        self._logs: queues.SimpleQueue[Log] = queues.SimpleQueue()
+        self._lock = threading.Lock()        # guards `_idle`
+        self._idle = 0                       # threads that have no log, and none on its way
+        self._is_short = False               # of threads, when one was last wanted
+
+    def lead(self, log: Log) -> None:
+        """Have a thread call `log.lead`. Does not block."""
+        with self._lock:
+            found, self._idle = self._idle > 0, max(0, self._idle - 1)
+        try:
+            if not found:
+                threading.Thread(target=self._work, daemon=True, name="syncer").start()
+        except (RuntimeError, MemoryError) as error:
+            if not self._is_short:           # or there would be a line each round
+                event(logging.ERROR, "cannot_start_thread", error=error)
+            self._is_short = True
+            self.unserved.append(log)
+        else:
+            self._is_short = False
+            self._logs.put(log)
+
+    def _work(self) -> None:
+        while True:
+            log = self._logs.get()
+            try:
+                log.lead()
+            except LogFailed as failure:
+                self._on_failure(failure)
+            except Exception:                # no memory: those who wait still do
+                log_event.exception("sync_failed log=%s", log.path)
+                time.sleep(PAUSE_S)
+                self._logs.put(log)
+                continue
+            with self._lock:
+                self._idle += 1
 
 
 class Broker:
     """The queues of one data folder.
 
     `on_failure` is called by whichever thread first meets a failed log; it does not return in
-    a server. Threads start with `recover` and end with `close`.
+    a server. Threads start with `recover` and end with `close`. `unready` says why the queues
+    are not served; None when they are. Who serves clients calls `end_round` after each round.
     """
 
     def __init__(self, config: Config, on_failure: Callable[[LogFailed], None],
                  clock: Optional[Clock] = None) -> None:
         settings = config.settings
         self.config, self.on_failure = config, on_failure
+        self.unready: Optional[str] = RECOVERING
         self.tokens = {token.digest: token for token in config.tokens}
         self.space = Space(settings.path, settings.min_free_bytes)
+        self.budget = Budget(settings.inflight_bytes, settings.max_message_bytes,
+                             lambda: self._wake_at(0))
+        self.syncers = Syncers(on_failure)
+        self.staging: Set[Queue] = set()     # queues that have something to write
         self._clock = clock or Clock()
         self._timing = threading.Condition()
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
                                         fsync=settings.fsync, clock=clock, space=self.space,
-                                        subscribers=config.subscribers(item), wake_at=self._wake_at)
+                                        subscribers=config.subscribers(item),
+                                        budget=self.budget, staging=self.staging,
+                                        lead=self.syncers.lead, wake_at=self._wake_at)
                        for item in config.queues}
         self._low_space = False
         self._stuck: Set[str] = set()        # queues whose dead letters find no space
@@ -2644,6 +2899,7 @@ class Broker:
             queue.recover()
         for thread in self._threads:
             thread.start()
+        self.unready = None
 
     def close(self) -> None:
         """Stop the threads and close every queue with a clean bookmark."""
@@ -2656,15 +2912,26 @@ class Broker:
         for queue in self.queues.values():
             queue.close()
 
-    def compact(self, queue: Queue) -> None:
-        """Have a queue compacted and wait for it. Raises ApiError 503 when it failed."""
-        job = Job(queue)
-        self._jobs.put(job)
-        while not job.done.wait(1):
-            if self._stopping.is_set():
-                raise ApiError(503, "The server is stopping; try again")
-        if job.error:
-            raise ApiError(503, f"Not compacted: {job.error}")
+    def compact(self, queue: Queue, done: Callable[[Optional[Exception]], None]) -> None:
+        """Have a queue compacted; `done` is called once it was tried."""
+        self._jobs.put(Job(queue, done))
+
+    def end_round(self) -> None:
+        """Write what the queues were told in this round. Does not wait for a disk, unless there
+        are no threads for that."""
+        staged = list(self.staging)
+        self.staging.clear()
+        for queue in staged:
+            queue.flush()
+        for _ in range(len(self.syncers.unserved)):
+            log = self.syncers.unserved.popleft()
+            if log.lead_once():
+                self.syncers.unserved.append(log)
+
+    def dismiss(self) -> None:
+        """Answer all who wait for a message with None."""
+        for queue in self.queues.values():
+            queue.dismiss()
 
     # -- threads
 
@@ -2734,17 +3001,18 @@ class Broker:
 
     def _compactor(self) -> None:
         for job in iter(self._jobs.get, None):
+            failed: Optional[Exception] = None
             try:
                 self._compact(job.queue)
             except Exception as error:
-                job.error = error
+                failed = error
                 event(logging.WARNING, "compaction_failed", queue=job.queue.config.name,
                       error=error)
                 if not isinstance(error, (CompactionFailed, OSError)):
                     raise
             finally:
                 self._compacting.discard(job.queue.config.name)
-                job.done.set()
+                job.done(failed)
 
     def _compact(self, queue: Queue) -> None:
         settings = self.config.settings
@@ -2818,6 +3086,24 @@ def render_metrics(samples: Mapping[str, Sequence[Sample]]) -> bytes:
     return "".join(lines).encode()
 
 
+def all_samples(broker: Broker, answered: Mapping[Tuple[str, int], int]
+                ) -> Mapping[str, Sequence[Sample]]:
+    """Return the samples of all metrics; `answered` counts requests by action and status."""
+    found = process_samples()
+    logs = [queue.log for queue in broker.queues.values()]
+    found[PREFIX + "http_requests_total"] = [
+        ({"action": action, "code": str(code)}, count)
+        for (action, code), count in sorted(answered.items())]
+    found[PREFIX + "fsync_duration_seconds_sum"] = [({}, sum(log.sync_seconds for log in logs))]
+    found[PREFIX + "fsync_duration_seconds_count"] = [({}, sum(log.syncs for log in logs))]
+    found[PREFIX + "active"] = [({}, int(broker.unready is None))]
+    found[PREFIX + "build_info"] = [({"version": __version__}, 1)]
+    for name, queue in broker.queues.items() if broker.unready is None else ():
+        for metric, samples in queue_samples(name, queue.numbers()).items():
+            found.setdefault(PREFIX + metric, []).extend(samples)
+    return found
+
+
 def _escape(label: str) -> str:
     return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
@@ -2849,40 +3135,42 @@ def process_samples() -> Dict[str, List[Sample]]:
 STARTED_S = round(time.time(), 3)
 
 
-# ---- HTTP ---------------------------------------------------------------------------------
-# HTTP to calls and back, nothing else. A request's head is parsed by a pure function, so that
-# a client that repeats itself is parsed once. An action is one row in ACTIONS and one function.
+# ---- HTTP messages ------------------------------------------------------------------------
+# Bytes to requests, answers to bytes; pure functions. Whatever a client may send is read in
+# linear time: no expression here can match one text in two ways.
 
 TOKEN_CHARACTERS = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) (\S+)" % TOKEN_CHARACTERS)
 HTTP_VERSION = re.compile(rb"HTTP/([0-9])\.([0-9])")
-FIELD = re.compile(rb"(%b):[ \t]*([\t -~\x80-\xff]*?)[ \t]*" % TOKEN_CHARACTERS)
-BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)")
-BARE_LINE_END_SO_FAR = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+FIELD_NAME = re.compile(TOKEN_CHARACTERS)
+FIELD_VALUE = re.compile(rb"[\t -~\x80-\xff]*")
+BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")    # a CR at the end may get its LF yet
+CHUNK_LINE = re.compile(                 # a size, then `;name` or `;name=value`: RFC 9112, 7.1.1
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*"
+    rb'(?:%b|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*'
+    % (TOKEN_CHARACTERS, TOKEN_CHARACTERS))
 CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
-HOST = re.compile(rb"[!-+\--.0-~]*")                     # no comma, slash or blank
+HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[0-9A-Za-z._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)"
+                  rb"(?::[0-9]*)?")      # RFC 9112, 3.2; no comma, which a second line leaves
 BEARER = re.compile(rb"(?i:bearer) +([!-~]+)")
 PATH = re.compile(r"/(?:([a-z]+)(?:/([-a-zA-Z0-9]{1,50}))?/?)?")
 ABSOLUTE_FORM = re.compile(r"\A(?i:https?)://[^/?]*")
-PARAMETER = re.compile(r"([a-z]+)=([^=]+)")
-NUMBER = re.compile(r"[0-9]{1,8}")
-LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
 NDJSON = b"application/x-ndjson"
-STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\nServer: micro-queue\r\nDate: "
-                % (status.value, status.phrase.encode()) for status in http.HTTPStatus}
 TEXT = b"Content-Type: text/plain; charset=utf-8\r\n"
 
 
 class Request(NamedTuple):
-    """A parsed head: all that it tells, and nothing that depends on the server's state."""
+    """A parsed head: all that it tells, and nothing that depends on the server's state. The
+    token is here as its sha256 only."""
 
     method: str
     action: Optional[str]                    # None: no path of ours; "" is `/`
     queue: Optional[str]
     query: str
+    is_asterisk: bool                        # OPTIONS *
     token_digest: Optional[bytes]            # None: no token, or not understood
     has_authorization: bool
+    has_body: bool
     length: int
     chunked: bool
     expects: bool                            # the client waits for 100 Continue
@@ -2892,71 +3180,51 @@ class Request(NamedTuple):
     lines: bool                              # the body is application/x-ndjson
     forwarded: str
 
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or self.length > 0
-
-
-class Pending(NamedTuple):
-    """An answer that is not there yet. `start(finish)` has `finish(answer)` called once, from
-    any thread; `stop` undoes that for a client that is gone, False if it is too late."""
-
-    start: Callable[[Callable[[Answer], None]], None]
-    stop: Callable[[], bool]
-
-
-class Answer(NamedTuple):
-    """What to send. `append` (a log and the number of an append) must be durable before.
-    `delivery` is settled once it was sent, and put back if that failed. With `pending`, it is
-    another answer that is sent, later."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: bytes = b""
-    delivery: Optional[Tuple[Queue, Delivery]] = None
-    append: Optional[Tuple[Log, int]] = None
-    pending: Optional[Pending] = None
-
 
 def malformed(what: str, status: int = 400) -> ApiError:
     return ApiError(status, what, close=True)
 
 
-@functools.lru_cache(maxsize=512)
-def parse_cached(head: bytes) -> Request:
-    return parse_request(head)
+def check_head(data: bytes, start: int = 0, checked: int = 0) -> None:
+    """Refuse a head that begins at `start`, whole or not, for what no further byte can mend: of
+    several such things the first, so that the answer does not depend on how the bytes were
+    split. What is before `checked` was looked at already. Raises ApiError that closes."""
+    line_limit = start + REQUEST_LINE_BYTES + 2
+    head_limit = start + REQUEST_HEAD_BYTES + 4
+    end = data.find(b"\r\n\r\n", max(start, checked - 3), head_limit)
+    is_long = data.find(b"\r\n", start, line_limit) < 0
+    limit = line_limit if is_long else head_limit
+    seen = min(limit, len(data) if end < 0 else end + 4)
+    if BARE_LINE_END.search(data, max(start, checked - 1), seen):
+        raise malformed("A line ends in CR LF, and neither stands alone")
+    if is_long and seen == limit:
+        raise malformed(f"The request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
+    if end < 0 and seen == limit:
+        raise malformed(f"The request's head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
 
 
 def parse_request(head: bytes) -> Request:
     """Parse a head, its final empty line left out (RFC 9112). Raises ApiError that closes."""
-    check_head_size(head)
-    if BARE_LINE_END.search(head):
-        raise malformed("A line ends in CR LF, and neither stands alone")
+    check_head(head + b"\r\n\r\n")
     first, *lines = head.split(b"\r\n")
     method, target, old = parse_request_line(first)
     fields = parse_fields(lines)
     length, chunked = parse_framing(fields, old)
-    if not old and (b"host" not in fields or not HOST.fullmatch(fields[b"host"])):
+    if not HOST.fullmatch(fields.get(b"host", b"" if old else b"?")):
         raise malformed("Send exactly one valid Host header")
     path, _, query = target.partition("?")
-    route = (None, None) if path == "*" else _route(path)
+    action, queue = _split_path(path)
     bearer = BEARER.fullmatch(fields.get(b"authorization", b""))
     return Request(
-        method, *route, query, hashlib.sha256(bearer[1]).digest() if bearer else None,
-        b"authorization" in fields, length, chunked, parse_expect(fields, old),
-        parse_keep_alive(fields, old), old,
-        fields.get(b"content-encoding", b"").decode("latin-1").lower(),
-        fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
-        fields.get(b"x-forwarded-for", b"")[:200].decode("latin-1"))
-
-
-def check_head_size(head: bytes) -> None:
-    """Refuse a head, whole or not, that is larger than we are ready to read."""
-    line_end = head.find(b"\r\n", 0, REQUEST_LINE_BYTES + 2)
-    if line_end < 0 and len(head) > REQUEST_LINE_BYTES:
-        raise malformed(f"The request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
-    if len(head) > REQUEST_HEAD_BYTES:
-        raise malformed(f"The request's head is longer than {REQUEST_HEAD_BYTES} bytes", 431)
+        method=method, action=action, queue=queue, query=query, is_asterisk=path == "*",
+        token_digest=hashlib.sha256(bearer[1]).digest() if bearer else None,
+        has_authorization=b"authorization" in fields,
+        has_body=chunked or length > 0, length=length, chunked=chunked,
+        expects=parse_expect(fields, old),
+        keep_alive=parse_keep_alive(fields, old), old=old,
+        encoding=fields.get(b"content-encoding", b"").decode("latin-1").lower(),
+        lines=fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
+        forwarded=fields.get(b"x-forwarded-for", b"")[:200].decode("latin-1"))
 
 
 def parse_request_line(line: bytes) -> Tuple[str, str, bool]:
@@ -2982,11 +3250,11 @@ def parse_fields(lines: Sequence[bytes]) -> Dict[bytes, bytes]:
         raise malformed(f"More than {REQUEST_FIELDS} header fields", 431)
     fields: Dict[bytes, bytes] = {}
     for line in lines:
-        match = FIELD.fullmatch(line)
-        if not match:
+        name, colon, value = line.partition(b":")
+        name, value = name.lower(), value.strip(b" \t")
+        if not (colon and FIELD_NAME.fullmatch(name) and FIELD_VALUE.fullmatch(value)):
             raise malformed("A header line must be: Name: value")
-        name = match[1].lower()
-        fields[name] = fields[name] + b", " + match[2] if name in fields else match[2]
+        fields[name] = fields[name] + b", " + value if name in fields else value
     return fields
 
 
@@ -3018,45 +3286,159 @@ def parse_keep_alive(fields: Mapping[bytes, bytes], old: bool) -> bool:
     return b"close" not in options and (not old or b"keep-alive" in options)
 
 
-def _route(path: str) -> Tuple[Optional[str], Optional[str]]:
+def _split_path(path: str) -> Tuple[Optional[str], Optional[str]]:
     match = PATH.fullmatch(path)
     return (match[1] or "", match[2]) if match else (None, None)
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(now_s: int) -> bytes:
-    """Return the Date header's value (RFC 9110, 5.6.7), whatever the locale."""
+def parse_chunk_line(line: bytes) -> Tuple[int, int]:
+    """Return a chunk's length, and how many bytes the extensions behind it are."""
+    match = CHUNK_LINE.fullmatch(line)
+    if not match:
+        raise malformed("A chunk starts with its size in hexadecimal")
+    return int(match[1], 16), len(line) - match.end(1)
+
+
+@functools.lru_cache(maxsize=64)
+def start_of_head(status: int, now_s: int) -> bytes:
+    """Return an answer's head up to its length; with the date of RFC 9110, 5.6.7, whatever the
+    locale."""
     t = time.gmtime(now_s)
     day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
     month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun",
              "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
-    return (f"{day}, {t.tm_mday:02} {month} {t.tm_year} "
-            f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT").encode()
+    return (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nServer: micro-queue\r\n"
+            f"Date: {day}, {t.tm_mday:02} {month} {t.tm_year} "
+            f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT\r\nContent-Length: ").encode()
 
 
-def render_answer(answer: Answer, *, keep_alive: bool, old: bool, head_only: bool) -> bytes:
-    """Return the bytes of an answer, to be sent at once."""
+class Answer(NamedTuple):
+    """What to send. `taken` is settled once it left, and put back if it could not; `held` is
+    what another answer counts in the budget until then."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: bytes = b""
+    taken: Optional[Tuple[Queue, Delivery]] = None
+    held: int = 0
+    close: bool = False                      # what follows on the connection is not understood
+
+
+def error_answer(error: Exception) -> Answer:
+    """Return what a client is told of an error."""
+    if isinstance(error, ApiError):
+        return Answer(error.status, error.message.encode() + b"\n", TEXT + error.headers,
+                      close=error.close)
+    return Answer(500, b"The server failed at this request; its log tells why\n", TEXT, close=True)
+
+
+def render_head(answer: Answer, *, keep_alive: bool, old: bool) -> bytes:
+    """Return the head of an answer, with its empty line."""
     connection = b"" if keep_alive and not old else (
         b"Connection: keep-alive\r\n" if keep_alive else b"Connection: close\r\n")
-    return b"".join((
-        STATUS_LINES[answer.status], http_date(int(time.time())),
-        b"\r\nContent-Length: %d\r\nCache-Control: no-store\r\n" % len(answer.body),
-        connection, answer.headers, b"\r\n", b"" if head_only else answer.body))
+    return b"%b%d\r\nCache-Control: no-store\r\n%b%b\r\n" % (
+        start_of_head(answer.status, int(time.time())), len(answer.body), connection,
+        answer.headers)
+
+
+# ---- Actions ------------------------------------------------------------------------------
+# What the API can do. An action is one row in ACTIONS and one function; what a request names is
+# looked up and checked once for each head, in one order. Nothing here knows a connection.
+
+PARAMETER = re.compile(r"([a-z]+)=([^=]+)")
+NUMBER = re.compile(r"[0-9]{1,8}")
+LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
+
+
+class Client(Protocol):
+    """Who asks. `finish_with` gives the answer, or what went wrong: once, from any thread, and
+    only if the action returned None."""
+
+    @property
+    def peer(self) -> str: ...
+
+    def finish_with(self, result: Union[Answer, Exception]) -> None: ...
+
+    def is_gone(self) -> bool:
+        """Tell at once whether the client hung up, or will send no more."""
+
+    def when_gone(self, call: Optional[Callable[[], None]]) -> None:
+        """Have `call` made, while the answer is awaited, when the client hangs up."""
+
+
+class Service:
+    """What the actions work on: the broker, and what was answered so far, for the metrics."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.answered: Dict[Tuple[str, int], int] = collections.Counter()
+        self.routes: Dict[bytes, Route] = {}     # by the sha256 of a head: it holds no token
+
+    def count(self, action: Optional[str], status: int) -> None:
+        self.answered[action if action and action in ACTIONS else "other", status] += 1
+
+    def route(self, head: bytes, client: Client) -> Route:
+        """Return where a head leads. Raises ApiError that closes."""
+        digest = hashlib.sha256(head).digest()
+        route = self.routes.get(digest)
+        if route is None:
+            request = parse_request(head)
+            try:
+                route = find_route(self.broker, request, client)
+            except ApiError as error:
+                return Route(request, OPTIONS, refusal=error)
+            # A head with a Lease-Id comes once, and a refusal is to be logged each time.
+            if len(head) <= CACHED_HEAD_BYTES and LEASE not in route.action.parameters.values():
+                if len(self.routes) >= CACHED_HEADS:
+                    del self.routes[next(iter(self.routes))]
+                self.routes[digest] = route
+        elif route.action.permission and self.broker.unready:
+            return route._replace(refusal=unready(self.broker.unready))
+        return route
+
+
+class Route(NamedTuple):
+    """Where a request leads, all that depends on its head alone being checked."""
+
+    request: Request
+    action: Action
+    queue: Optional[Queue] = None
+    subscriber: Optional[str] = None         # as whom the token takes from the queue
+    token: Optional[Token] = None
+    parameters: Mapping[str, int] = {}
+    refusal: Optional[ApiError] = None
 
 
 class Call(NamedTuple):
-    """What an action's function gets. `read_body` reads the request's body, blocking."""
+    """What an action's function gets."""
 
-    server: Server
-    request: Request
-    token: Optional[Token]
-    queue: Optional[Queue]
-    subscriber: Optional[str]                # as whom the token takes from the queue
-    parameters: Mapping[str, int]
-    body_is_here: bool                       # a body was received with its head
-    read_body: Callable[[], bytes]
-    before_blocking: Callable[[], None]      # to be called before anything that waits
-    is_gone: Callable[[], bool]              # whether the client hung up
+    service: Service
+    route: Route
+    client: Client
+    body: bytes = b""
+
+    @property
+    def queue(self) -> Queue:
+        assert self.route.queue is not None  # find_route looked it up
+        return self.route.queue
+
+    @property
+    def subscriber(self) -> str:
+        assert self.route.subscriber is not None     # authorize saw to it
+        return self.route.subscriber
+
+    @property
+    def lease(self) -> int:
+        return self.route.parameters["lease"]
+
+    def number(self, parameter: str) -> int:
+        """Return a parameter's value, 0 if it is not given."""
+        return self.route.parameters.get(parameter, 0)
+
+    @property
+    def wish(self) -> Wish:
+        most = self.service.broker.config.settings.max_message_bytes
+        return Wish(self.number("max"), most, self.number("lease"))
 
 
 class Parameter(NamedTuple):
@@ -3079,14 +3461,17 @@ class Parameter(NamedTuple):
 
 
 class Action(NamedTuple):
-    """A row of the API: 404, 405, Allow, OPTIONS, permission and metric follow from it."""
+    """A row of the API: 404, 405, Allow, OPTIONS, permission and metric follow from it.
+
+    `call` returns the answer, or None if it is late: then the client's `finish_with` is called.
+    """
 
     methods: Sequence[str]
     permission: str                          # post, get, admin, any; "" needs no token
-    call: Callable[[Call], Answer]
+    call: Callable[[Call], Optional[Answer]]
     text: str
     parameters: Mapping[str, Parameter] = {}
-    takes_body: bool = False
+    before_body: Optional[Callable[[Route], None]] = None    # refuses early; None: takes no body
     on_queue: Optional[bool] = True          # whether it names a queue; None: it may
 
     @property
@@ -3094,58 +3479,72 @@ class Action(NamedTuple):
         return ", ".join([*self.methods, "OPTIONS"])
 
 
-def put(call: Call) -> Answer:
-    queue, request = _queue(call), call.request
-    if request.encoding not in ("", "identity"):
-        raise ApiError(415, "Send the message without a Content-Encoding")
-    if not call.body_is_here:                # or else `append` refuses it as soon
-        queue.check_room(0 if request.lines else request.length)
-    body = call.read_body()
-    payloads = split_lines(body) if request.lines else [body]
+# -- the actions' functions, in the order of their rows
+
+def check_put(route: Route) -> None:
+    """Refuse a put before its body is received. Raises ApiError."""
+    assert route.queue is not None
+    route.queue.check_room(0 if route.request.lines else route.request.length)
+
+
+def put(call: Call) -> Optional[Answer]:
+    lines = call.route.request.lines
+    payloads = split_lines(call.body) if lines else [call.body]
     if not payloads or not payloads[0]:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
-    first, number = queue.append(payloads, call.parameters.get("delay", 0))
-    count = b"Message-Count: %d\r\n" % len(payloads) if request.lines else b""
-    return Answer(headers=b"Message-Id: %d\r\n%b" % (first, count), append=(queue.log, number))
+
+    def done(result: Union[int, Exception]) -> None:
+        count = b"Message-Count: %d\r\n" % len(payloads) if lines else b""
+        call.client.finish_with(result if isinstance(result, Exception) else Answer(
+            headers=b"Message-Id: %d\r\n%b" % (result, count)))
+    call.queue.stage(Put(payloads, call.number("delay"), done))
+    return None
 
 
 def split_lines(body: bytes) -> List[bytes]:
     """Return the messages of an NDJSON body. Raises ApiError 413."""
-    lines = [line for line in body.replace(b"\r\n", b"\n").split(b"\n") if line]
-    if len(lines) > MAX_LINES:
-        raise ApiError(413, f"More than {MAX_LINES} lines; send them in parts")
-    return lines
+    *lines, rest = body.split(b"\n", MAX_LINES)
+    if rest.strip(b"\r\n"):
+        if len(lines) == MAX_LINES:
+            raise ApiError(413, f"More than {MAX_LINES} lines; send them in parts")
+        lines.append(rest)
+    lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
+    return [line for line in lines if line]
 
 
-def take(call: Call) -> Answer:
-    queue, subscriber, wish = _queue(call), _subscriber(call), _wish(call)
-    wait_s = call.parameters.get("wait", 0)
+def take(call: Call) -> Optional[Answer]:
+    queue, subscriber, wait_s = call.queue, call.subscriber, call.number("wait")
     if not wait_s:
-        return answer_with(queue, queue.take(subscriber, wish))
-    answers: List[Callable[[Answer], None]] = []
+        return answer_with(queue, queue.take(subscriber, call.wish))
 
     def answer(delivery: Optional[Delivery]) -> None:
-        late = delivery is None and call.server.unready
-        answers[0](error_answer(unready(call.server)) if late else answer_with(queue, delivery))
+        late = delivery is None and call.service.broker.unready
+        try:
+            call.client.finish_with(unready(late) if late else answer_with(queue, delivery))
+        except Exception as error:           # no memory: what was taken is back
+            call.client.finish_with(error)
 
-    waiter = Waiter(wish, wait_s, answer, call.is_gone)
-
-    def start(finish: Callable[[Answer], None]) -> None:
-        answers.append(finish)
-        if call.is_gone():
-            raise ConnectionResetError("closed before its answer")
-        delivery = queue.take(subscriber, wish, waiter)
-        if delivery:
-            answer(delivery)
-    return Answer(pending=Pending(start, lambda: queue.stop_waiting(subscriber, waiter)))
-
-
-def _wish(call: Call) -> Wish:
-    return Wish(call.parameters.get("max", 0), call.server.config.settings.max_message_bytes,
-                call.parameters.get("lease", 0))
+    if call.client.is_gone():
+        return answer_with(queue, None)
+    waiter = Waiter(call.wish, wait_s, answer, call.client.is_gone)
+    delivery = queue.take(subscriber, call.wish, waiter)
+    if delivery:
+        return answer_with(queue, delivery)
+    call.client.when_gone(lambda: queue.stop_waiting(subscriber, waiter))
+    return None
 
 
 def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
+    """Return what was taken as an answer; if that fails, it is put back."""
+    try:
+        return render_delivery(queue, delivery)
+    except Exception:
+        if delivery:
+            queue.retry(delivery)
+        raise
+
+
+def render_delivery(queue: Queue, delivery: Optional[Delivery]) -> Answer:
     """Return a delivery as an answer: one message as it is, or lines."""
     if delivery is None:
         return Answer(404, b"Queue is empty\n", TEXT + b"Message-Count: 0\r\n")
@@ -3157,60 +3556,54 @@ def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
         headers += b"Message-Count: %d\r\n" % len(delivery.messages)
         body = b"".join([m.payload if m.payload.endswith(b"\n") else m.payload + b"\n"
                          for m in delivery.messages])
+        if delivery.held > SHARE_BYTES:      # not twice in memory
+            delivery = delivery.without_payloads()
     if delivery.lease is not None:
         headers += b"Lease-Id: %0*x\r\n" % (KEY_BITS // 4, delivery.lease)
     return Answer(200, body or first.payload, content_type + headers, (queue, delivery))
 
 
 def ack(call: Call) -> Answer:
-    _queue(call).ack(_subscriber(call), call.parameters["lease"])
+    call.queue.ack(call.subscriber, call.lease)
     return Answer()
 
 
 def nack(call: Call) -> Answer:
-    _queue(call).nack(_subscriber(call), call.parameters["lease"], call.parameters.get("delay", 0))
+    call.queue.nack(call.subscriber, call.lease, call.number("delay"))
     return Answer()
 
 
 def extend(call: Call) -> Answer:
-    _queue(call).extend(_subscriber(call), call.parameters["lease"], call.parameters["seconds"])
+    call.queue.extend(call.subscriber, call.lease, call.number("seconds"))
     return Answer()
 
 
 def peek(call: Call) -> Answer:
-    queue = _queue(call)
-    return answer_with(queue, queue.peek(call.subscriber, _wish(call)))._replace(delivery=None)
+    delivery = call.queue.peek(call.route.subscriber, call.wish)
+    return render_delivery(call.queue, delivery)._replace(taken=None)
 
 
-def compact(call: Call) -> Answer:
-    call.before_blocking()
-    call.server.broker.compact(_queue(call))
-    return Answer()
+def compact(call: Call) -> None:
+    def done(error: Optional[Exception]) -> None:
+        call.client.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
+    call.service.broker.compact(call.queue, done)
 
 
-def purge(call: Call) -> Answer:
-    queue = _queue(call)
-    count, number = queue.purge()
-    return Answer(200, b"%d\n" % count, TEXT, append=(queue.log, number))
+def purge(call: Call) -> None:
+    count, number = call.queue.purge()
 
-
-def _queue(call: Call) -> Queue:
-    assert call.queue is not None            # dispatch looked it up
-    return call.queue
-
-
-def _subscriber(call: Call) -> str:
-    assert call.subscriber is not None       # authorize saw to it
-    return call.subscriber
+    def done(failure: Optional[LogFailed]) -> None:
+        call.client.finish_with(failure or Answer(200, b"%d\n" % count, TEXT))
+    call.queue.when_durable(number, done)
 
 
 def show_stats(call: Call) -> Answer:
     """Tell of one queue, or of all that the token may use."""
-    queues = {name: queue for name, queue in call.server.broker.queues.items()
-              if call.token and call.token.may("any", name)}
-    stats = {name: stats_of(queue.numbers()) for name, queue in queues.items()
-             if call.queue in (None, queue)}
-    value = stats if call.queue is None else stats[call.queue.config.name]
+    token, only = call.route.token, call.route.queue
+    stats = {name: stats_of(queue.numbers())
+             for name, queue in call.service.broker.queues.items()
+             if token and token.may("any", name) and only in (None, queue)}
+    value = stats[only.config.name] if only else stats
     return Answer(200, json.dumps(value).encode() + b"\n", b"Content-Type: application/json\r\n")
 
 
@@ -3226,25 +3619,32 @@ def stats_of(numbers: Mapping[str, Any]) -> Dict[str, Any]:
     return {**total, "oldest_message_age_seconds": age_s, **rest}
 
 
-def unready(server: Server) -> ApiError:
-    return ApiError(503, f"Not ready: {server.unready}; try again")
-
-
 def show_root(call: Call) -> Answer:
     return Answer(200, b"micro_queue is running\n", TEXT)
 
 
 def show_ready(call: Call) -> Answer:
-    if call.server.unready:
-        raise unready(call.server)
+    if call.service.broker.unready:
+        raise unready(call.service.broker.unready)
     return Answer(200, b"ready\n", TEXT)
 
 
 def show_metrics(call: Call) -> Answer:
-    if not call.server.config.settings.metric_exporter:
+    broker = call.service.broker
+    if not broker.config.settings.metric_exporter:
         raise ApiError(404, "Set metric_exporter in the config's settings to have metrics")
     headers = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-    return Answer(200, render_metrics(call.server.samples()), headers)
+    return Answer(200, render_metrics(all_samples(broker, call.service.answered)), headers)
+
+
+def describe(call: Call) -> Answer:
+    """Answer OPTIONS, which needs no token and tells nothing about queues."""
+    action = find_action(call.route.request)
+    if action is None:                       # *
+        action = Action(("GET", "HEAD", "POST"), "", describe,
+                        f"Use /<action>/<queue>; actions: {_actions()}")
+    headers = TEXT + b"Allow: %b\r\n" % action.allow.encode()
+    return Answer(200, action.text.encode() + b"\n", headers)
 
 
 GET_OR_POST, GET_OR_HEAD = ("GET", "POST"), ("GET", "HEAD")
@@ -3256,7 +3656,7 @@ MAX = Parameter(1, 1000)
 ACTIONS: Mapping[str, Action] = {
     "in": Action(("POST",), "post", put,
                  "POST: put the body into the queue as a message, or as one a line (NDJSON)",
-                 {"delay": DELAY}, takes_body=True),
+                 {"delay": DELAY}, before_body=check_put),
     "out": Action(GET_OR_POST, "get", take, "GET: take the oldest message out of the queue",
                   {"wait": Parameter(0, 300), "lease": LEASE_SECONDS, "max": MAX}),
     "ack": Action(("POST",), "get", ack, "POST: the messages of a lease are done",
@@ -3281,50 +3681,41 @@ ACTIONS: Mapping[str, Action] = {
     "metrics": Action(GET_OR_HEAD, "", show_metrics, "GET: metrics for Prometheus",
                       on_queue=False),
 }
-
-
+OPTIONS = Action(("OPTIONS",), "", describe, "OPTIONS: what a path takes")
 PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 
-def dispatch(handler: Handler, request: Request) -> Answer:
-    """Check a request in the documented order and call its action. Raises ApiError."""
-    server, action = handler.server, find_action(request)
+# -- from a head to its action
+
+def find_route(broker: Broker, request: Request, client: Client) -> Route:
+    """Check a request in the documented order, as far as its head tells. Raises ApiError."""
+    action = find_action(request)
     if request.method == "OPTIONS":
-        return describe(request, action)
-    token: Optional[Token] = None
-    queue: Optional[Queue] = None
-    subscriber: Optional[str] = None
+        if action is None and not request.is_asterisk:
+            raise no_such_path()
+        return Route(request, OPTIONS)
     if action is None or action.permission:
-        token, queue, subscriber = authorize(server, request, action, handler.client_address)
-    assert action is not None                # authorize raised
-    if request.method not in action.methods:
-        raise ApiError(405, f"Use {' or '.join(action.methods)} here",
-                       headers=b"Allow: %b\r\n" % action.allow.encode())
-    parameters = parse_parameters(request.query, request.action) if action.permission else {}
-    if request.has_body and not action.takes_body:
+        route = authorize(broker, request, action, client)
+    else:
+        route = Route(request, action)
+    if request.method not in route.action.methods:
+        raise ApiError(405, f"Use {' or '.join(route.action.methods)} here",
+                       headers=b"Allow: %b\r\n" % route.action.allow.encode())
+    if route.action.permission:
+        route = route._replace(parameters=parse_parameters(request.query, route.action))
+    if request.has_body and not route.action.before_body:
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
-    if request.length > server.config.settings.max_message_bytes:
-        raise too_large(server)
-    return action.call(Call(server, request, token, queue, subscriber, parameters,
-                            handler.has_body(), handler.read_body, handler.before_blocking,
-                            handler.is_gone))
+    if request.length > broker.config.settings.max_message_bytes:
+        raise too_large(broker)
+    if route.action.before_body and request.encoding not in ("", "identity"):
+        raise ApiError(415, "Send the message without a Content-Encoding")
+    return route
 
 
 def find_action(request: Request) -> Optional[Action]:
     action = ACTIONS.get(request.action) if request.action is not None else None
     names_queue = request.queue is not None
     return action if action and action.on_queue in (names_queue, None) else None
-
-
-def describe(request: Request, action: Optional[Action]) -> Answer:
-    """Answer OPTIONS, which needs no token and tells nothing about queues."""
-    if action:
-        allow, text = action.allow, action.text
-    elif request.action is None and request.queue is None and request.method == "OPTIONS":
-        allow, text = "GET, HEAD, POST, OPTIONS", "Use /<action>/<queue>; actions: " + _actions()
-    else:
-        raise no_such_path()
-    return Answer(200, text.encode() + b"\n", TEXT + b"Allow: %b\r\n" % allow.encode())
 
 
 def _actions() -> str:
@@ -3336,17 +3727,21 @@ def no_such_path() -> ApiError:
                          "queue's name is 1 to 50 letters, digits or hyphens")
 
 
-def too_large(server: Server) -> ApiError:
-    limit = server.config.settings.max_message_bytes
+def too_large(broker: Broker) -> ApiError:
+    limit = broker.config.settings.max_message_bytes
     return ApiError(413, f"The body is larger than max_message_bytes ({limit})")
 
 
-def authorize(server: Server, request: Request, action: Optional[Action],
-              client: Tuple[Any, ...]) -> Tuple[Token, Optional[Queue], Optional[str]]:
+def unready(reason: str) -> ApiError:
+    return ApiError(503, f"Not ready: {reason}; try again")
+
+
+def authorize(broker: Broker, request: Request, action: Optional[Action],
+              client: Client) -> Route:
     """Return the request's token, the queue that it may use for this action, and as whom."""
-    if server.unready:
-        raise unready(server)
-    token = server.broker.tokens.get(request.token_digest or b"")
+    if broker.unready:
+        raise unready(broker.unready)
+    token = broker.tokens.get(request.token_digest or b"")
     if token is None:
         reason = ("Unknown token" if request.token_digest else "Malformed Authorization header"
                   if request.has_authorization else "Missing Authorization header")
@@ -3356,12 +3751,12 @@ def authorize(server: Server, request: Request, action: Optional[Action],
     if action is None:
         raise no_such_path()
     if request.queue is None:
-        return token, None, None
+        return Route(request, action, token=token)
     if not token.may(action.permission, request.queue):
         log_request(logging.WARNING, "forbidden", request, client, token=token.name,
                     action=request.action, queue=request.queue)
         raise forbidden(action.permission, request.queue)
-    queue = server.broker.queues.get(request.queue)
+    queue = broker.queues.get(request.queue)
     if queue is None:
         raise ApiError(404, f"No queue is named {request.queue}; queues stand in the config")
     own = token.name if token.name in queue.subscribers else None
@@ -3369,7 +3764,7 @@ def authorize(server: Server, request: Request, action: Optional[Action],
     if subscriber is None and action.permission == "get":
         raise ApiError(403, "An admin token is no subscriber of a broadcast queue; use a token "
                             "without admin that has the queue in its get")
-    return token, queue, subscriber
+    return Route(request, action, queue, subscriber, token)
 
 
 def forbidden(permission: str, queue: str) -> ApiError:
@@ -3379,17 +3774,16 @@ def forbidden(permission: str, queue: str) -> ApiError:
     return ApiError(403, f"This token has no {queue} in its {key}: add it in the config, restart")
 
 
-def log_request(level: int, name: str, request: Request, client: Tuple[Any, ...],
+def log_request(level: int, name: str, request: Request, client: Client,
                 **fields: object) -> None:
     """Log an event of a request; the client is always the peer."""
     forwarded = {"forwarded": request.forwarded} if request.forwarded else {}
-    event(level, name, client=f"{client[0]}:{client[1]}", **forwarded, **fields)
+    event(level, name, client=client.peer, **forwarded, **fields)
 
 
-@functools.lru_cache(maxsize=512)
-def parse_parameters(query: str, action_name: Optional[str]) -> Mapping[str, int]:
+def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
     """Return the query's parameters, each known to the action, given once and in its range."""
-    action, found = ACTIONS[action_name or ""], {}  # type: Tuple[Action, Dict[str, int]]
+    found: Dict[str, int] = {}
     for part in query.split("&") if query else ():
         match = PARAMETER.fullmatch(part)
         parameter = action.parameters.get(match[1]) if match else None
@@ -3408,541 +3802,647 @@ def parse_parameters(query: str, action_name: Optional[str]) -> Mapping[str, int
     return found
 
 
+# ---- Connection ---------------------------------------------------------------------------
+# One client's bytes, in and out. Only the polling thread touches a connection, so nothing here
+# needs a lock; what another thread has to say goes through `finish_with`.
+
+READ, LATE, WRITE, LINGER, CLOSED = "read", "late", "write", "linger", "closed"
+EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+HANG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+Steps = Generator[None, None, T]             # yields when it needs more bytes, or gives way
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Reads with one recv and answers with one send where that suffices.
-
-    Between requests no thread belongs to it: the server calls `on_readable`. A method that is
-    about to wait calls `before_blocking` first. `busy` and `parked` are set and read by the
-    thread that serves the connection and, under its lock, by the server.
-    """
-
-    server: Server
+    """One connection, served a share of a round at a time. Of the base nothing is used but its
+    place in the library: its methods wait for the client."""
 
     def __init__(self, request: socket.socket, client_address: Tuple[Any, ...],
-                 server: Server) -> None:
+                 poll: Poll) -> None:
         # Not the base's, which would serve the whole connection from here.
         self.connection: socket.socket = request
-        self.client_address, self.server = client_address, server
-        self.busy = False                    # between a request's first byte and its answer
-        self.parked = False                  # the answer waits for a sync
-        self.polled = False                  # the server's poll looks at this connection
-        self.muted = False                   # it does so for a hang-up only
-        self.stop_waiting: Optional[Callable[[], bool]] = None   # of a parked answer
-        self.deadline = 0.0                  # when an idle or lingering connection is closed
-        self._lingering = False
-        self._data = b""                     # received, not yet used
-        self._arrival_deadline = 0.0         # of the request's head or next MiB; 0: not set
-        self._arrived = 0                    # bytes since it was set
+        self.client_address, self.poll = client_address, poll
+        # state   event                                            next
+        # READ    a whole request, answered at once                READ; WRITE if not all was sent
+        # READ    its answer needs the round, a sync, a message    LATE, set before the action runs
+        # READ    its share of the round is used up                READ, in the backlog
+        # LATE    readable, or hung up                             LATE, only noted
+        # LATE    finished, taken up by the poll                   READ, WRITE
+        # WRITE   all sent                                         READ, LINGER, CLOSED
+        # LINGER  end of input                                     CLOSED
+        # any but LATE: error, deadline                            CLOSED; WRITE with a 408
+        self.state = READ
+        self.queued = False                  # in the backlog
+        self.deadline = poll.now + poll.idle_timeout     # of `state`; see on_deadline
+        self._readable = False               # since the last short read: epoll tells once
+        self._hung_up = False                # no more input will come than is there
+        self._data, self._at = b"", 0        # received; used up to `_at`
+        self._checked = 0                    # of the head that is not whole, already looked at
+        self._begun = False                  # a request's first byte came, its answer did not go
+        self._moved = 0                      # bytes of body or answer since `deadline` was set
+        self._share = 0                      # what is left of this connection's share of a round
+        self._request: Optional[Request] = None      # the one under way
+        self._route: Optional[Route] = None  # of a request whose body is received by `_body`
+        self._body: Optional[Steps[Any]] = None
+        self._unread = False                 # what nobody will read may still come
+        self._held = 0                       # what the body counts in the budget
+        self._when_gone: Optional[Callable[[], None]] = None
+        self._out: List[Tuple[bytes, Optional[Answer]]] = []     # an answer at its last piece
+        self._sent = 0                       # of the first piece
+        self._blocked = False                # the client took no more: epoll tells when it does
+        self._closing = False                # once all is sent
+        self._started = 0.0                  # when the round began that read the request
 
-    # -- the connection
+    # -- what the poll and the actions call
 
-    def on_readable(self) -> None:
-        """Serve what has arrived. Called by the server's polling thread."""
-        try:
-            data = self.connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-        elif not self._lingering:
-            self.busy = True
-            self._data = data
-            self._serve()
+    def on_event(self, events: int) -> None:
+        """Note what the poll saw, and serve it unless something else comes first."""
+        if events & ~select.EPOLLOUT:
+            self._readable = True
+        if events & HANG_UP:
+            self._hung_up = True
+            self.when_gone(self._when_gone)
+        if self._blocked and events & select.EPOLLOUT:
+            self._blocked = False
+            self.poll.sending.append(self)
+        if not self.queued:
+            self.serve()
 
-    def _serve(self) -> None:
-        """Answer the requests that were received, then wait for more, or close."""
-        try:
-            while self._data:
-                if not self._serve_one():
-                    return                   # parked, lingering or closed
-        except (OSError, ApiError):          # the client is gone, or late with a body that
-            self.close()                     # was refused already: nothing to tell it
-            return
-        except LogFailed as failure:
-            self.server.storage_failed(failure)
-        self.server.resume(self)
+    def serve(self) -> None:
+        """Serve one share of what there is; the rest waits in the backlog."""
+        self.queued, self._share = False, SHARE_BYTES
+        if self.state == LINGER:
+            self._discard_input()
+        while self.state == READ and self._share > 0:
+            if self._at == len(self._data) and not self._receive():
+                return
+            moved = self._receive_body() if self._body else self._next_request()
+            if not moved and self._share > 0 and not self._receive():
+                self._note_begun()
+                return
+        self.go_on()
 
-    def close(self) -> None:
-        self.server.forget(self)
-        self.connection.close()
+    def go_on(self) -> None:
+        """Have what is left served in a later round."""
+        if self.state == READ and (self._readable or self._at < len(self._data)):
+            self.poll.later(self)
 
-    def refuse(self, error: ApiError) -> None:
-        """Answer before a request was read, and close."""
-        self.server.count(None, error.status)
-        try:
-            self._send(render_answer(error_answer(error), keep_alive=False, old=False,
-                                     head_only=False))
-            self._linger()
-        except OSError:
-            self.close()
-
-    def _linger(self) -> None:
-        """Close once the client has stopped sending, so that a reset does not overtake the
-        answer; what still comes is never looked at."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self._lingering, self._data = True, b""
-        self.server.resume(self, LINGER_S)
+    def finish_with(self, result: Union[Answer, Exception]) -> None:
+        """Give the late answer. Called once, by any thread."""
+        self.poll.finish(self, result)
 
     def is_gone(self) -> bool:
-        """Tell at once whether the client hung up, or will send no more."""
-        fd = self.connection.fileno()
-        if fd < 0:
+        """Tell at once whether the client hung up, or will send no more. Any thread may ask
+        while the answer is awaited: the connection is not closed meanwhile."""
+        if self.state == CLOSED:             # for what should not happen
             return True
         poll = select.poll()
-        poll.register(fd, select.POLLRDHUP)
+        poll.register(self.connection, select.POLLRDHUP)
         return bool(poll.poll(0))
 
-    def has_more(self) -> bool:
-        """Tell at once whether the client sent what was not received yet."""
-        try:
-            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
+    def when_gone(self, call: Optional[Callable[[], None]]) -> None:
+        self._when_gone = call
+        if self._hung_up and call:
+            call()
+
+    def on_deadline(self) -> None:
+        """End what took too long; called by the sweep, not while LATE."""
+        if self.state == READ and self._begun and (self._route or not self._body):
+            timeout = self.poll.request_timeout
+            self.take_up(malformed(f"The request did not arrive within {timeout} s", 408))
+        else:
+            self.close()
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether a request is under way, or an answer."""
+        return self.state in (LATE, WRITE) or self._begun or bool(self._out)
+
+    def close(self) -> None:
+        """Close now. What could not leave is put back."""
+        if self.state != CLOSED:
+            self.state = CLOSED
+            self.poll.forget(self)
+            self.connection.close()
+            self._drop_body()
+            for _, answer in self._out:
+                self.poll.left(answer, sent=False)
+            self._out.clear()
+
+    # -- requests
+
+    def _receive(self) -> bool:
+        """Receive once, if there may be something; return whether there was."""
+        if not self._readable:
             return False
-
-    def before_blocking(self) -> None:
-        """Let another thread serve the other connections while this one waits."""
-        self.server.step_down(self)
-
-    # -- one request
-
-    def _serve_one(self) -> bool:
-        """Answer one request; return whether the connection goes on in this thread."""
-        request: Optional[Request] = None
-        self._unread = close = False
-        started = time.perf_counter() if self.server.debug else 0.0
         try:
-            head = self._read_head()
-            parse = parse_cached if len(head) <= CACHED_HEAD_BYTES else parse_request
-            self._current = request = parse(head)
-            self._unread = request.has_body
-            answer = dispatch(self, request)
-        except ApiError as error:
-            close, answer = error.close, error_answer(error)
-        except LogFailed as failure:
-            self.server.storage_failed(failure)
-        if answer.append or answer.pending:
-            return self._serve_later(request, answer, close, started)
-        return self._reply(request, answer, close, started).send()
+            received = self.connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._readable = False
+            return False
+        except OSError:
+            received = b""
+        if not received:
+            self._end_input()
+            return False
+        size = len(received)
+        self._readable = size == RECEIVE_BYTES or self._hung_up
+        self._data = self._data[self._at:] + received if self._at < len(self._data) else received
+        self._at = 0
+        self._share -= size
+        self._moved += size
+        if self._moved >= MIB and self.state == READ:
+            self._wait_for(self.poll.request_timeout)
+        return True
 
-    def _serve_later(self, request: Optional[Request], answer: Answer, close: bool,
-                     started: float) -> bool:
-        """Answer when it is time to: parked, unless more requests came with this one."""
-        if self._data:
-            answer = self._wait_for(answer)
-            return self._reply(request, answer, close, started).send()
-        self.parked = True
-        if answer.append:
-            self.stop_waiting, (log, number) = None, answer.append
-            reply = self._reply(request, answer, close, started)
-            if log.when_durable(number, reply.send_parked):
-                self.server.lead(log)
-        elif answer.pending:
-            self.stop_waiting = answer.pending.stop
-            self._start(answer.pending, lambda final: self._reply(
-                request, final, close, started).send_parked(None))
-            self.server.watch(self)
+    def _note_begun(self) -> None:
+        """A part of a request is here: from now on the rest has to come in time."""
+        if not self._begun and self.state == READ:
+            self._begun = True
+            self._wait_for(self.poll.request_timeout)
+
+    def _wait_for(self, timeout: int) -> None:
+        self.deadline, self._moved = self.poll.now + timeout, 0
+
+    def _await_next(self) -> None:
+        """Wait for the next request, a part of which may be here already."""
+        self._begun = self._at < len(self._data)
+        self._wait_for(self.poll.request_timeout if self._begun else self.poll.idle_timeout)
+
+    def _end_input(self) -> None:
+        """The client will send no more: answer what it sent, then close."""
+        self._readable = self._begun = False
+        self._data, self._at = b"", 0
+        if self._out:
+            self.state, self._closing = WRITE, True
+        else:
+            self.close()
+
+    def _next_request(self) -> bool:
+        """Begin with the next request, if its head is whole; return whether it was."""
+        data, at = self._data, self._at
+        start = at + 2 if data.startswith(b"\r\n", at) else at       # RFC 9112, 2.2
+        end = data.find(b"\r\n\r\n", max(start, at + self._checked - 3))
+        try:
+            if end < 0:
+                check_head(data, start, at + self._checked)
+                self._checked = len(data) - at
+                return False
+            self._at, self._checked = end + 4, 0
+            self._share -= SHARE_BYTES // SHARE_REQUESTS
+            self._begin(self.poll.service.route(data[start:end], self))
+        except ApiError as error:
+            self.take_up(error)
+        return True
+
+    def _begin(self, route: Route) -> None:
+        """Call a request's action, or receive its body first. Raises ApiError."""
+        request = self._request = route.request
+        self._unread, self._started = request.has_body, self.poll.now
+        if route.refusal:
+            raise route.refusal
+        if not self._unread:
+            self._act(route, b"")
+        elif not request.chunked and request.length <= len(self._data) - self._at:
+            start, self._at = self._at, self._at + request.length
+            self._act(route, self._data[start:self._at])
+        else:
+            self._await_body(route)
+
+    def _act(self, route: Route, body: bytes) -> None:
+        """Call an action; its answer is given at once, or late."""
+        self.state, self._unread = LATE, False
+        result: Union[Answer, Exception, None]
+        try:
+            result = route.action.call(Call(self.poll.service, route, self, body))
+        except Exception as error:
+            result = error
+        if result is not None:
+            self.take_up(result)
+
+    # -- bodies that are not here yet
+
+    def _await_body(self, route: Route) -> None:
+        """Receive a body, after 100 Continue where the client waits for it."""
+        assert route.action.before_body is not None      # find_route refused it
+        route.action.before_body(route)
+        if route.request.expects and self._at == len(self._data):
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n", None)
+        self._wait_for(self.poll.request_timeout)
+        self._begun, self._route = True, route
+        self._body = (self._chunks() if route.request.chunked
+                      else self._exactly(route.request.length, bytearray()))
+
+    def _receive_body(self) -> bool:
+        """Use what was received of a body; return whether that completed it."""
+        assert self._body is not None
+        try:
+            next(self._body)
+        except StopIteration as end:
+            route, self._route, self._body = self._route, None, None
+            if route:
+                self._act(route, end.value)
+            else:
+                self._await_next()
+            return True
+        except ApiError as error:
+            self.take_up(error)
+            return True
         return False
 
-    def _start(self, pending: Pending, finish: Callable[[Answer], None]) -> None:
-        """Have `finish` called with what a pending answer becomes; it may be already."""
-        try:
-            pending.start(finish)
-        except ApiError as error:
-            finish(error_answer(error))
-        except LogFailed as failure:
-            self.server.storage_failed(failure)
-
-    def _wait_for(self, answer: Answer) -> Answer:
-        """Block until an answer may be sent. Raises OSError if the client hung up meanwhile."""
-        self.before_blocking()
-        if answer.append:
-            log, number = answer.append
-            log.wait_durable(number)
-        if answer.pending is None:
-            return answer
-        final: queues.SimpleQueue[Answer] = queues.SimpleQueue()
-        self._start(answer.pending, final.put)
+    def _exactly(self, size: int, body: bytearray) -> Steps[bytearray]:
+        """Append `size` bytes to `body`. Raises ApiError 503 when clients hold too much."""
         while True:
-            with contextlib.suppress(queues.Empty):
-                return final.get(timeout=LOOK_S)
-            if self.is_gone() and answer.pending.stop():
-                raise ConnectionResetError("closed while it waited")
+            start, self._at = self._at, min(self._at + size, len(self._data))
+            body += self._data[start:self._at]
+            size -= self._at - start
+            more = len(body) - self._held
+            if more > UNCOUNTED_BYTES:
+                if not self.poll.budget.has_room(more):
+                    raise no_room(close=True)
+                self.poll.budget.hold(more)
+                self._held += more
+            if not size:
+                return body
+            yield
 
-    def _reply(self, request: Optional[Request], answer: Answer, close: bool,
-               started: float) -> Reply:
-        skip = 0
-        if request and self._unread and not (request.chunked or request.expects):
-            skip = request.length if request.length <= SKIPPED_BODY_BYTES else 0
-        unread = self._unread and not skip
-        close = close or unread
-        keep_alive = bool(request and request.keep_alive and not close
-                          and self.server.unready != DRAINING)
-        data = render_answer(answer, keep_alive=keep_alive, old=bool(request and request.old),
-                             head_only=bool(request and request.method == "HEAD"))
-        return Reply(self, request, answer, data, keep_alive, close, skip, started)
-
-    # -- reading
-
-    def _read_head(self) -> bytes:
-        """Return the next head without its empty line."""
-        self._arrival_deadline = 0.0
-        data, checked = self._data, 0
+    def _line(self) -> Steps[bytes]:
+        """Return a line of a chunked body's framing, without its CR LF."""
+        checked = 0
         while True:
-            start = 2 if data.startswith(b"\r\n") else 0     # RFC 9112, 2.2
-            end = data.find(b"\r\n\r\n", max(start, checked - 3))
+            end = self._data.find(b"\n", self._at + checked)
+            checked = (end + 1 if end >= 0 else len(self._data)) - self._at
+            if checked > REQUEST_LINE_BYTES:
+                raise malformed("A line of the chunked body is too long")
             if end >= 0:
-                self._data = data[end + 4:]
-                return data[start:end]
-            check_head_size(data[start:])
-            if BARE_LINE_END_SO_FAR.search(data, max(0, checked - 1)):
-                raise malformed("A line ends in CR LF, and neither stands alone")
-            checked = len(data)
-            data += self._receive()
-
-    def _receive(self) -> bytes:
-        """Receive more of a request that has begun. Raises ApiError 408, OSError."""
-        timeout = self.server.config.settings.request_timeout
-        now = time.monotonic()
-        if not self._arrival_deadline or self._arrived >= MIB:
-            self._arrival_deadline, self._arrived = now + timeout, 0
-        if not self._wait(select.POLLIN, self._arrival_deadline - now):
-            raise ApiError(408, f"The request did not arrive within {timeout} s", close=True)
-        data = self.connection.recv(RECEIVE_BYTES)
-        if not data:
-            raise ConnectionResetError("closed within a request")
-        self._arrived += len(data)
-        return data
-
-    def _wait(self, events: int, seconds: float) -> bool:
-        self.before_blocking()
-        poll = select.poll()
-        poll.register(self.connection, events)
-        return bool(seconds > 0 and poll.poll(seconds * 1000))
-
-    def has_body(self) -> bool:
-        """Tell whether the request's body, which is not empty, was received already."""
-        return 0 < self._current.length <= len(self._data)
-
-    def read_body(self) -> bytes:
-        """Read the request's body, after 100 Continue where the client waits for it."""
-        request = self._current
-        if request.expects and not self._data:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._arrival_deadline = 0.0
-        body = self._read_chunks() if request.chunked else self._read_exactly(request.length)
-        self._unread = False
-        return body
-
-    def _read_exactly(self, size: int) -> bytes:
-        data = self._data
-        if len(data) < size:
-            parts, have = [data], len(data)
-            while have < size:
-                parts.append(self._receive())
-                have += len(parts[-1])
-            data = b"".join(parts)
-        self._data = data[size:]
-        return data[:size]
-
-    def _read_line(self) -> bytes:
-        """Read a line of a chunked body's framing, without its CR LF."""
-        while True:
-            end = self._data.find(b"\n")
-            if end >= 0:
-                line, self._data = self._data[:end + 1], self._data[end + 1:]
+                line, self._at = self._data[self._at:end + 1], end + 1
                 if not line.endswith(b"\r\n") or BARE_LINE_END.search(line):
                     raise malformed("A line ends in CR LF, and neither stands alone")
                 return line[:-2]
-            if len(self._data) > REQUEST_LINE_BYTES:
-                raise malformed("A line of the chunked body is too long")
-            self._data += self._receive()
+            yield
 
-    def _read_chunks(self) -> bytes:
-        """Read a chunked body (RFC 9112, 7.1); extensions and trailers are skipped."""
-        limit, size, parts = self.server.config.settings.max_message_bytes, 0, []
+    def _chunks(self) -> Steps[bytearray]:
+        """Receive a chunked body (RFC 9112, 7.1); extensions and trailers are skipped."""
+        broker, body, extensions = self.poll.service.broker, bytearray(), 0
         while True:
-            match = CHUNK_LINE.fullmatch(self._read_line())
-            if not match:
-                raise malformed("A chunk starts with its size in hexadecimal")
-            length = int(match[1], 16)
-            size += length
-            if size > limit:
-                raise too_large(self.server)
-            if length == 0:
+            length, extension = parse_chunk_line((yield from self._line()))
+            extensions += extension
+            if extensions > REQUEST_LINE_BYTES:
+                raise malformed("The extensions of the chunked body are too long")
+            if len(body) + length > broker.config.settings.max_message_bytes:
+                raise too_large(broker)
+            if not length:
                 break
-            parts.append(self._read_exactly(length))
-            if self._read_exactly(2) != b"\r\n":
+            yield from self._exactly(length, body)
+            if (yield from self._exactly(2, bytearray())) != b"\r\n":
                 raise malformed("A chunk ends in CR LF")
-        lines: List[bytes] = []
-        for line in iter(self._read_line, b""):
-            lines.append(line)
-            if len(lines) > REQUEST_FIELDS:
+            self._share -= SHARE_BYTES // SHARE_CHUNKS
+            if self._share <= 0:
+                yield
+        trailers: List[bytes] = []
+        while len(trailers) <= REQUEST_FIELDS:
+            line = yield from self._line()
+            if not line:
                 break
-        parse_fields(lines)
-        return b"".join(parts)
+            trailers.append(line)
+        parse_fields(trailers)
+        return body
 
-    # -- writing
+    def _drop_body(self) -> None:
+        self.poll.budget.hold(-self._held)
+        self._held, self._body, self._route = 0, None, None
 
-    def _send(self, data: bytes, start: int = 0) -> None:
-        """Send `data` from `start` on. Raises OSError if the client is gone or takes nothing
-        for `request_timeout`."""
-        start += self._send_some(data) if not start else 0
-        rest = memoryview(data)[start:]
-        while rest:
-            if not self._wait(select.POLLOUT, self.server.config.settings.request_timeout):
-                raise TimeoutError("the client does not take its answer")
-            rest = rest[self._send_some(rest):]
+    # -- answers
 
-    def _send_some(self, data: Any) -> int:
+    def take_up(self, result: Union[Answer, Exception]) -> None:
+        """Give the answer to the request under way. Called by the polling thread."""
+        answer = result if isinstance(result, Answer) else self._answer_to(result)
+        request, self._request, self._when_gone = self._request, None, None
+        if self._held or self._body:
+            self._drop_body()
+        skip = 0
+        if self._unread and request and not (request.chunked or request.expects):
+            skip = request.length if request.length <= SKIPPED_BODY_BYTES else 0
+        keep_alive = bool(request and request.keep_alive and not answer.close
+                          and (skip or not self._unread)
+                          and self.poll.service.broker.unready != DRAINING)
+        self._unread = answer.close or (self._unread and not (skip and keep_alive))
         try:
-            return self.connection.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
+            self._render(answer, request, keep_alive)
+        except Exception:
+            self.poll.left(answer, sent=False)
+            raise
+        self.poll.service.count(request.action if request else None, answer.status)
+        if self.poll.debug:
+            self._log(request, answer)
+        self.state = READ if keep_alive and not self._blocked else WRITE
+        self._closing = not keep_alive
+        if keep_alive and skip:
+            self._body = self._exactly(skip, bytearray())
+        if self.state == READ and not skip:
+            self._await_next()
+        else:
+            self._wait_for(self.poll.request_timeout)
 
-
-class Reply(NamedTuple):
-    """A rendered answer on its way, and what is to be done once it left."""
-
-    handler: Handler
-    request: Optional[Request]
-    answer: Answer
-    data: bytes
-    keep_alive: bool
-    linger: bool                             # the client may still send what nobody reads
-    skip: int                                # bytes of an unread body
-    started: float
-
-    def send(self, start: int = 0) -> bool:
-        """Send from `start` on; return whether the connection goes on. Raises OSError."""
-        handler, server, delivery = self.handler, self.handler.server, self.answer.delivery
-        sent = False
-        try:
-            if start < len(self.data):
-                handler._send(self.data, start)
-            sent = True
-        finally:
-            if delivery:
-                server.settle(*delivery, sent=sent)
-        server.count(self.request.action if self.request else None, self.answer.status)
-        if server.debug:
-            self._log()
-        if self.linger or not (self.keep_alive or self._may_close()):
-            handler._linger()
-        elif not self.keep_alive:
-            handler.close()
-        elif self.skip:
-            handler._read_exactly(self.skip)
-        return self.keep_alive
-
-    def _may_close(self) -> bool:
-        """Tell whether nothing unread is left, for which a close would reset the connection and
-        take the answer with it."""
-        return not (self.skip or self.handler.has_more())
-
-    def send_parked(self, failure: Optional[LogFailed]) -> None:
-        """Send from a thread that has more to do: raises nothing, and waits for no client."""
-        if failure:
-            self.handler.server.storage_failed(failure)
-        try:
-            start = self.handler._send_some(self.data)
-        except OSError:                      # as it will again
-            self._finish(0)
-            return
-        if start == len(self.data):
-            self._finish(start)
-            return
-        try:
-            threading.Thread(target=self._finish, args=(start,), daemon=True).start()
-        except RuntimeError as error:        # others cannot wait for this client
-            event(logging.ERROR, "cannot_start_thread", error=error)
-            if self.answer.delivery:
-                self.handler.server.settle(*self.answer.delivery, sent=False)
-            self.handler.close()
-
-    def _finish(self, start: int) -> None:
-        try:
-            if self.send(start):
-                self.handler.server.resume(self.handler)
-        except OSError:
-            self.handler.close()
-        except Exception:                    # not for anything that a client or a disk can do
-            log_event.exception("connection_failed client=%s", self.handler.client_address[0])
-            self.handler.close()
-
-    def _log(self) -> None:
-        request, status = self.request, self.answer.status
+    def _log(self, request: Optional[Request], answer: Answer) -> None:
         if request is None:
-            event(logging.DEBUG, "bad_request", client=self.handler.client_address[0],
-                  status=status)
-        elif request.action not in PROBES or status != 200:
-            log_request(logging.DEBUG, "request", request, self.handler.client_address,
-                        method=request.method, action=request.action, queue=request.queue,
-                        status=status, bytes=len(self.answer.body),
-                        ms=round((time.perf_counter() - self.started) * 1000, 3))
+            event(logging.DEBUG, "bad_request", client=self.peer, status=answer.status)
+        elif request.action not in PROBES or answer.status != 200:
+            log_request(logging.DEBUG, "request", request, self, method=request.method,
+                        action=request.action, queue=request.queue, status=answer.status,
+                        bytes=len(answer.body),
+                        ms=round((time.monotonic() - self._started) * 1000, 3))
+
+    def _answer_to(self, error: Exception) -> Answer:
+        if isinstance(error, LogFailed):
+            self.poll.service.broker.on_failure(error)
+        if not isinstance(error, ApiError):  # not for anything that a client or a disk can do
+            log_event.error("request_failed client=%s", self.peer, exc_info=error)
+        return error_answer(error)
+
+    def _render(self, answer: Answer, request: Optional[Request], keep_alive: bool) -> None:
+        head = render_head(answer, keep_alive=keep_alive, old=bool(request and request.old))
+        body = b"" if request and request.method == "HEAD" else answer.body
+        if len(body) > UNCOUNTED_BYTES:      # not copied
+            if not answer.taken:
+                answer = answer._replace(held=len(body))
+                self.poll.budget.hold(len(body))
+            self._write(head, None)
+            self._write(body, answer)
+        else:
+            self._write(head + body, answer)
+        self._share -= len(body)
+
+    def _write(self, data: bytes, answer: Optional[Answer]) -> None:
+        """Have data sent at the end of the round; `answer` left when this has."""
+        if not self._out:
+            self.poll.sending.append(self)
+        self._out.append((data, answer))
+
+    def send(self) -> None:
+        """Send until all is sent, or the client takes no more, or a share is used up. Called at
+        the end of a round, when what the answers tell is written."""
+        left, out = SHARE_BYTES, self._out
+        try:
+            while out and left > 0:
+                if len(out) == 1 and not self._sent:         # as nearly always
+                    size = self.connection.send(out[0][0], socket.MSG_DONTWAIT)
+                else:
+                    pieces = [memoryview(piece) for piece, _ in out]
+                    size = self.connection.sendmsg([pieces[0][self._sent:], *pieces[1:]], [],
+                                                   socket.MSG_DONTWAIT)
+                left -= size
+                self._note_sent(size)
+        except BlockingIOError:
+            self._blocked = True
+        except OSError:
+            self.close()
+            return
+        if out:
+            self._go_on_sending()
+        elif self.state == WRITE and self._closing:
+            self._end()
+        elif self.state == WRITE:
+            self.state = READ
+            if not self._body:
+                self._await_next()
+            self.go_on()
+
+    def _note_sent(self, size: int) -> None:
+        self._moved += size
+        out, size = self._out, size + self._sent
+        while out and size >= len(out[0][0]):
+            piece, answer = out.pop(0)
+            size -= len(piece)
+            if answer and (answer.taken or answer.held):
+                self.poll.left(answer, sent=True)
+        self._sent = size
+
+    def _go_on_sending(self) -> None:
+        """Send the rest in a later round: when the client takes more, if it did not now."""
+        if self.state == READ or self._moved >= MIB:
+            self._wait_for(self.poll.request_timeout)
+        if self.state == READ:
+            self.state = WRITE
+        if not self._blocked:
+            self.poll.sending.append(self)
+
+    # -- the end
+
+    def _end(self) -> None:
+        """Close once the client has stopped sending, so that a reset does not overtake the
+        answer; what still comes is never looked at."""
+        self.state, self._begun, self._data = LINGER, False, b""
+        self._wait_for(LINGER_S)
+        try:
+            if self._unread or self.connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
+                self.connection.shutdown(socket.SHUT_WR)
+                self._readable = True
+                self._discard_input()
+                return
+        except OSError:                      # nothing is there, or nobody
+            pass
+        self.close()
+
+    def _discard_input(self) -> None:
+        while self._receive():
+            self._data = b""
+            if self._share <= 0:
+                self.poll.later(self)
+                return
+
+    @property
+    def peer(self) -> str:
+        return f"{self.client_address[0]}:{self.client_address[1]}"
 
 
-def error_answer(error: ApiError) -> Answer:
-    return Answer(error.status, error.message.encode() + b"\n", TEXT + error.headers)
+class Poll:
+    """The poll of one thread, and what the connections that it serves share. Any thread may call
+    `finish` and `ring`; only the polling thread touches anything else."""
+
+    def __init__(self, broker: Broker) -> None:
+        settings = broker.config.settings
+        self.service, self.budget = Service(broker), broker.budget
+        self.request_timeout, self.idle_timeout = settings.request_timeout, settings.idle_timeout
+        self.debug = log_event.isEnabledFor(logging.DEBUG)
+        self.handlers: Dict[int, Handler] = {}
+        self.now = time.monotonic()          # when this round began
+        self.sending: List[Handler] = []     # those that have something to send in this round
+        self._backlog: Deque[Handler] = collections.deque()
+        self._done: Deque[Tuple[Handler, Union[Answer, Exception]]] = collections.deque()
+        self._sleeping = False               # whoever adds to `_done` has to ring
+        self._bell, self._rope = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.epoll = select.epoll()
+        self.epoll.register(self._bell, select.EPOLLIN)
+
+    # -- for any thread
+
+    def finish(self, handler: Handler, result: Union[Answer, Exception]) -> None:
+        """Have a late answer taken up."""
+        self._done.append((handler, result))
+        if self._sleeping:
+            self.ring()
+
+    def ring(self) -> None:
+        """Have the poll wake up."""
+        with contextlib.suppress(BlockingIOError):       # it rings already
+            os.write(self._rope, b"!")
+
+    # -- for connections
+
+    def add(self, handler: Handler) -> None:
+        self.handlers[handler.connection.fileno()] = handler
+        self.epoll.register(handler.connection, EVENTS)
+
+    def forget(self, handler: Handler) -> None:
+        """Before a connection's descriptor is closed, and may become another's."""
+        self.handlers.pop(handler.connection.fileno(), None)
+
+    def later(self, handler: Handler) -> None:
+        """Serve a connection again when the others had their share."""
+        if not handler.queued:
+            handler.queued = True
+            self._backlog.append(handler)
+
+    def left(self, answer: Optional[Answer], *, sent: bool) -> None:
+        """An answer left, or could not: settle what was taken for it, or put it back."""
+        if answer and answer.held:
+            self.budget.hold(-answer.held)
+        elif answer and answer.taken:
+            queue, delivery = answer.taken
+            (queue.settle if sent else queue.retry)(delivery)
+
+    # -- a round, in its order
+
+    def wait(self, seconds: float) -> List[Tuple[int, int]]:
+        """Wait until there is something to do; serve the connections that are ready, and return
+        what else the poll saw."""
+        self._sleeping = True                # before the look at `_done`
+        if self._done or self._backlog or self.sending or self.service.broker.syncers.unserved:
+            seconds = 0
+        events, others = self.epoll.poll(seconds, POLL_EVENTS), []
+        self._sleeping, self.now = False, time.monotonic()
+        for fd, flags in events:
+            handler = self.handlers.get(fd)
+            if handler:
+                self._have(handler, handler.on_event, flags)
+            elif fd == self._bell:
+                os.read(self._bell, RECEIVE_BYTES)
+            else:
+                others.append((fd, flags))
+        return others
+
+    def sweep(self) -> None:
+        """End what is over its deadline."""
+        for handler in [handler for handler in self.handlers.values()
+                        if handler.deadline < self.now and handler.state != LATE]:
+            self._have(handler, handler.on_deadline)
+
+    def end_round(self) -> None:
+        """Serve some of what was left over; write what the queues were told, and send what tells
+        of it; write what left with that."""
+        end = time.monotonic() + BACKLOG_S if self._backlog else 0
+        while self._backlog and time.monotonic() < end:
+            handler = self._backlog.popleft()
+            self._have(handler, handler.serve)
+        broker = self.service.broker
+        if broker.staging or broker.syncers.unserved:
+            broker.end_round()
+        for _ in range(len(self._done)):
+            handler, result = self._done.popleft()
+            if handler.state == LATE:
+                self._have(handler, handler.take_up, result)
+                handler.go_on()
+            elif isinstance(result, Answer):     # it was closed for what should not happen
+                self.left(result, sent=False)
+        sending, self.sending = self.sending, []
+        for handler in sending:
+            self._have(handler, handler.send)
+        if broker.staging:
+            broker.end_round()
+
+    def _have(self, handler: Handler, act: Callable[..., None], *arguments: object) -> None:
+        """Have a connection do something; what goes wrong then ends it, and the others go on."""
+        try:
+            act(*arguments)
+        except LogFailed as failure:
+            self.service.broker.on_failure(failure)
+        except Exception:                    # not for anything that a client or a disk can do
+            log_event.exception("connection_failed client=%s", handler.peer)
+            handler.close()
 
 
 # ---- Server -------------------------------------------------------------------------------
-# Threads, limits and the end. One thread at a time polls all connections and serves those that
-# are ready; before it waits for anything else, it makes another thread the poller. So a
-# request that waits for nothing costs no switch of threads, and an idle connection no thread.
-
-DRAINING, RECOVERING = "draining", "recovering"
-
+# One thread polls all connections and serves those that are ready, a round at a time; it waits
+# for nothing else. So a request costs no switch of threads, and an idle connection no thread.
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens from the start on; answers 503 until `unready` is None.
+    """Listens from the start on; the broker says whether its queues are served yet.
 
-    1. Who holds `_polling` is the poller: its thread id is `_poller`.
-    2. A connection is served by one thread: by the poller while it is `polled`, or by a
-       thread that stepped down with it, or, while `parked`, by the thread that leads a sync.
-    `_pool` guards the sets of connections and threads, `polled` and `parked`, and the request
-    counters. It is never held while anything is waited for.
+    Of ThreadingHTTPServer this uses how it binds and listens; not its thread for each
+    connection, which would cost a switch of threads a request and a stack a client, nor the
+    methods of BaseHTTPRequestHandler, which wait for one client.
     """
 
-    daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, config: Config, broker: Broker) -> None:
-        settings = config.settings
-        self.config, self.broker = config, broker
-        self.unready: Optional[str] = RECOVERING
-        self.debug = log_event.isEnabledFor(logging.DEBUG)
-        self.handlers: Dict[int, Handler] = {}
-        self._refused: Set[Handler] = set()  # of them, those above the limit
-        self.requests: Dict[Tuple[str, int], int] = collections.Counter()
-        self._pool = threading.Lock()
-        self._polling = threading.Lock()
-        self._poller = 0
-        self._waiting = 0                    # threads that wait to be the poller
-        self._to_lead: List[Log] = []        # logs that the poller has to sync
-        self._stopped = threading.Event()
+    def __init__(self, broker: Broker) -> None:
+        settings = broker.config.settings
+        self.broker, self.poll = broker, Poll(broker)
+        self._refused: Set[Handler] = set()  # connections above the limit
+        self._next_sweep = 0.0
+        self._drain_until = math.inf         # a stop was asked for; when it has to be over
+        self._ended = threading.Event()
         self._max_connections = _raise_file_limit(settings.max_connections, len(broker.queues))
         if ":" in settings.listen_address:
             self.address_family = socket.AF_INET6
         try:
-            super().__init__((settings.listen_address, settings.listen_port), Handler)
+            super().__init__((settings.listen_address, settings.listen_port),
+                             Handler)  # type: ignore[arg-type]
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"settings.listen_port: cannot listen on {settings.listen_address} "
                               f"port {settings.listen_port}: {reason}") from None
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # is inherited
-        self._epoll = select.epoll()
-        self._epoll.register(self.socket, select.EPOLLIN)
+        self.poll.epoll.register(self.socket, select.EPOLLIN)
 
     def server_bind(self) -> None:
         # Not HTTPServer's, which asks the resolver for a name that nobody reads.
         socketserver.TCPServer.server_bind(self)
 
-    # -- threads
+    def start(self) -> None:
+        """Serve from now on, in a thread of its own. Raises RuntimeError if there is none."""
+        threading.Thread(target=self.serve_forever, name="poll", daemon=True).start()
 
     def serve_forever(self, poll_interval: float = POLL_S) -> None:
-        """Serve until `shutdown` is called."""
-        self.start()
-        self._stopped.wait()
-
-    def start(self) -> None:
-        """Serve from now on, in threads of its own. Raises RuntimeError if there is none."""
-        self._start_thread()
-
-    def shutdown(self) -> None:
-        """Have `serve_forever` return; connections are served until `server_close`."""
-        self._stopped.set()
-
-    def _start_thread(self) -> None:
-        with self._pool:
-            self._waiting += 1
+        """Serve, in this thread, until `drain` was called and nothing is under way."""
         try:
-            threading.Thread(target=self._work, daemon=True).start()
-        except RuntimeError:
-            with self._pool:
-                self._waiting -= 1
-            raise
+            while self._drain_until == math.inf or not self._is_drained():
+                try:
+                    self.serve_round(poll_interval)
+                except LogFailed as failure:
+                    self.broker.on_failure(failure)
+                except Exception:            # not for anything that a client or a disk can do
+                    log_event.exception("serving_failed")
+                    time.sleep(PAUSE_S)
+        finally:
+            self._ended.set()
 
-    def _work(self) -> None:
-        """Be the poller when it is this thread's turn, until too many threads wait for it."""
-        while True:
-            self._polling.acquire()
-            with self._pool:
-                self._waiting -= 1
-                self._poller = threading.get_ident()
-            try:
-                self._poll()
-            except Exception:                # not for anything that a client or a disk can do
-                log_event.exception("serving_failed")
-            if self._is_poller():
-                self._release_polling()
-            with self._pool:
-                if self._waiting >= SPARE_THREADS:
-                    return
-                self._waiting += 1
-
-    def _is_poller(self) -> bool:
-        return self._poller == threading.get_ident()
-
-    def _release_polling(self) -> None:
-        self._poller = 0
-        self._polling.release()
-
-    def _poll(self) -> None:
-        """Serve what is ready until this thread is no longer the poller, or has to sync."""
-        next_sweep = time.monotonic() + POLL_S
-        listener = self.socket.fileno()
-        while not self._to_lead:
-            for fd, _ in self._epoll.poll(POLL_S, POLL_EVENTS):
-                if fd == listener:
-                    self._handle_request_noblock()
-                else:
-                    self._serve_connection(fd)
-                if not self._is_poller():
-                    return
-            if time.monotonic() >= next_sweep:
-                next_sweep = time.monotonic() + POLL_S
-                self._sweep()
-        logs, self._to_lead = self._to_lead, []
-        self.step_down(None)
-        for log in logs:
-            try:
-                log.lead()
-            except LogFailed as failure:
-                self.storage_failed(failure)
-
-    def step_down(self, handler: Optional[Handler]) -> None:
-        """Make another thread the poller, if this one is; `handler` stays with this thread.
-
-        Without a thread to be had this one stays the poller: all wait for what it waits for.
-        """
-        if not self._is_poller():
-            return
-        try:
-            if not self._waiting:
-                self._start_thread()
-        except RuntimeError as error:
-            event(logging.ERROR, "cannot_start_thread", error=error)
-            return
-        if handler and handler.polled:
-            with self._pool:
-                self._epoll.unregister(handler.connection)
-                handler.polled = False
-        self._release_polling()
-
-    def lead(self, log: Log) -> None:
-        """Sync a log for those who wait: the poller after it served what is ready."""
-        if self._is_poller():
-            self._to_lead.append(log)
-        else:
-            log.lead()
+    def serve_round(self, seconds: float) -> None:
+        """Wait for that long at most until there is something to do, and do it."""
+        for _ in self.poll.wait(seconds):
+            self._accept()
+        if self.poll.now >= self._next_sweep:
+            self._next_sweep = self.poll.now + POLL_S
+            self.poll.sweep()
+            if self._drain_until == math.inf:        # accept again after a pause
+                self.poll.epoll.modify(self.socket, select.EPOLLIN)
+        self.poll.end_round()
 
     # -- connections
 
-    def _handle_request_noblock(self) -> None:
-        """Accept what is there to accept, up to a poll's worth."""
+    def _accept(self) -> None:
+        """Accept what is there to accept, up to a round's worth."""
         for _ in range(POLL_EVENTS):
             try:
                 connection, address = self.socket.accept()
@@ -3951,149 +4451,44 @@ class Server(http.server.ThreadingHTTPServer):
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     event(logging.ERROR, "cannot_accept", error=error.strerror)
-                    with self._pool:
-                        if self.unready != DRAINING:     # a pause, not a spin: see _sweep
-                            self._epoll.modify(self.socket, 0)
+                    self.poll.epoll.modify(self.socket, 0)   # a pause, not a spin
                 return
-            self._add(Handler(connection, address, self))
+            self._add(Handler(connection, address, self.poll))
 
     def _add(self, handler: Handler) -> None:
-        refuse = len(self.handlers) - len(self._refused) >= self._max_connections
-        if refuse and len(self._refused) >= REFUSED_CONNECTIONS:
-            handler.connection.close()
-            return
-        with self._pool:
-            self.handlers[handler.connection.fileno()] = handler
-            if refuse:
-                self._refused.add(handler)
-        if refuse:
-            event(logging.WARNING, "too_many_connections", client=handler.client_address[0])
-            handler.refuse(ApiError(503, "Too many connections (max_connections); try again"))
+        self._refused = {refused for refused in self._refused if refused.state != CLOSED}
+        if len(self.poll.handlers) - len(self._refused) < self._max_connections:
+            self.poll.add(handler)
+        elif len(self._refused) < REFUSED_CONNECTIONS:
+            self._refused.add(handler)
+            event(logging.WARNING, "too_many_connections", client=handler.peer)
+            self.poll.add(handler)
+            handler.take_up(ApiError(503, "Too many connections (max_connections); try again",
+                                     close=True))
         else:
-            self.resume(handler)
-
-    def _serve_connection(self, fd: int) -> None:
-        handler = self.handlers.get(fd)
-        if handler is None:
-            return
-        if handler.parked and self._look_at_parked(handler):
-            return
-        try:
-            handler.on_readable()
-        except Exception:                    # not for anything that a client or a disk can do
-            log_event.exception("connection_failed client=%s", handler.client_address[0])
-            handler.close()
-
-    def watch(self, handler: Handler) -> None:
-        """Have a parked connection looked at again, if its thread stepped down with it."""
-        with self._pool:
-            if handler.parked and not handler.polled:
-                handler.polled = True
-                self._epoll.register(handler.connection, select.EPOLLIN)
-
-    def _look_at_parked(self, handler: Handler) -> bool:
-        """What comes while an answer is awaited is served afterwards; a client that hung up
-        waits no longer. Return whether the answer is still awaited."""
-        stop = handler.stop_waiting
-        gone = stop is None or handler.is_gone()
-        if gone and stop and stop():
-            handler.close()
-            return True
-        with self._pool:
-            if not handler.parked:
-                return False
-            if gone:                         # or the answer is on its way: nothing to look for
-                self._epoll.unregister(handler.connection)
-                handler.polled = False
-            else:
-                self._epoll.modify(handler.connection, select.EPOLLRDHUP)
-                handler.muted = True
-        return True
-
-    def resume(self, handler: Handler, seconds: Optional[float] = None) -> None:
-        """Look at a connection again, for `seconds`; by default for `idle_timeout`."""
-        if seconds is None:
-            seconds = self.config.settings.idle_timeout
-        handler.deadline = time.monotonic() + seconds
-        if handler.polled and not handler.parked:        # the poller's own
-            handler.busy = False
-            return
-        with self._pool:
-            handler.busy = handler.parked = False
-            if not handler.polled:
-                handler.polled = True
-                self._epoll.register(handler.connection, select.EPOLLIN)
-            elif handler.muted:
-                self._epoll.modify(handler.connection, select.EPOLLIN)
-            handler.muted = False
-
-    def forget(self, handler: Handler) -> None:
-        """Before a connection's descriptor is closed, and may become another's."""
-        with self._pool:
-            handler.parked = False
-            self.handlers.pop(handler.connection.fileno(), None)
-            self._refused.discard(handler)
-
-    def settle(self, queue: Queue, delivery: Delivery, *, sent: bool) -> None:
-        """The answer with a delivery left, or did not."""
-        try:
-            (queue.settle if sent else queue.retry)(delivery)
-        except LogFailed as failure:
-            self.storage_failed(failure)
-
-    def _sweep(self) -> None:
-        """Close what was idle for too long; accept again after a pause."""
-        now = time.monotonic()
-        with self._pool:
-            late = [h for h in self.handlers.values() if not h.busy and h.deadline < now]
-        for handler in late:
-            handler.close()
-        with self._pool:
-            if self.unready != DRAINING:
-                self._epoll.modify(self.socket, select.EPOLLIN)
-
-    # -- numbers
-
-    def count(self, action: Optional[str], status: int) -> None:
-        key = (action if action in ACTIONS else None) or "other", status
-        with self._pool:
-            self.requests[key] += 1
-
-    def samples(self) -> Mapping[str, Sequence[Sample]]:
-        """Return the samples of all metrics."""
-        found: Dict[str, List[Sample]] = process_samples()
-        logs = [queue.log for queue in self.broker.queues.values()]
-        with self._pool:
-            requests = sorted(self.requests.items())
-        found[PREFIX + "http_requests_total"] = [
-            ({"action": action, "code": str(code)}, count) for (action, code), count in requests]
-        found[PREFIX + "fsync_duration_seconds_sum"] = [({}, sum(log.sync_seconds for log in logs))]
-        found[PREFIX + "fsync_duration_seconds_count"] = [({}, sum(log.syncs for log in logs))]
-        found[PREFIX + "active"] = [({}, int(self.unready is None))]
-        found[PREFIX + "build_info"] = [({"version": __version__}, 1)]
-        for name, queue in self.broker.queues.items() if self.unready is None else ():
-            for metric, samples in queue_samples(name, queue.numbers()).items():
-                found.setdefault(PREFIX + metric, []).extend(samples)
-        return found
+            handler.connection.close()
 
     # -- the end
 
     def drain(self) -> None:
         """Stop accepting, let requests under way end (DRAIN_S at most), close every queue."""
-        with self._pool:
-            self.unready = DRAINING
-            self._epoll.unregister(self.socket)
-        self.socket.close()                  # new clients are refused at once, not left to wait
-        deadline = time.monotonic() + DRAIN_S
-        while any(handler.busy for handler in list(self.handlers.values())):
-            for queue in self.broker.queues.values():
-                queue.dismiss()              # again: some may just have begun to wait
-            if time.monotonic() > deadline:
-                event(logging.WARNING, "requests_cut_off")
-                break
-            time.sleep(0.01)
+        self.broker.unready = DRAINING
+        self._drain_until = time.monotonic() + DRAIN_S
+        self.poll.ring()
+        self._ended.wait(DRAIN_S + POLL_S)   # in vain if there was no thread to sync in
         self.broker.close()
         self.server_close()
+
+    def _is_drained(self) -> bool:
+        """Tell whether nothing is under way any more; called once a stop was asked for."""
+        if self.socket.fileno() >= 0:
+            self.poll.epoll.unregister(self.socket)
+            self.socket.close()              # new clients are refused at once, not left to wait
+            self.broker.dismiss()
+        late = time.monotonic() > self._drain_until
+        if late:
+            event(logging.WARNING, "requests_cut_off")
+        return late or not any(handler.busy for handler in self.poll.handlers.values())
 
     @staticmethod
     def storage_failed(failure: LogFailed) -> NoReturn:
@@ -4163,13 +4558,12 @@ def run(config: Config) -> int:
     broker = Broker(config, Server.storage_failed)
     broker.lock()
     warn_about(config.settings.path)
-    server = Server(config, broker)
+    server = Server(broker)
     try:
         server.start()
         broker.recover()
     except RuntimeError as error:            # what threading raises for want of a thread
         raise OSError(f"cannot start: {error}") from error
-    server.unready = None
     host, port = server.server_address[:2]
     event(logging.INFO, "serving", address=host, port=port, path=config.settings.path,
           version=__version__)

@@ -275,7 +275,7 @@ def error_trigger(disk: Disk) -> str:
     source = run("findmnt", "-n", "-o", "SOURCE", disk.path).strip()
     path = f"/sys/fs/ext4/{os.path.basename(source)}/trigger_fs_error"
     if not os.path.exists(path):
-        raise Skipped(f"there is no {path}")
+        raise Skipped(f"the kernel has no {path}")
     return path
 
 

@@ -111,14 +111,16 @@ class Disk:
     def __enter__(self) -> "Disk":
         """Make and mount it. Raises Skipped where that does not work."""
         os.makedirs(self.path, exist_ok=True)
+        failing = "nothing can make"
         try:
             if self.kind != "tmpfs":
                 with open(self.image, "wb") as file:
                     file.truncate(self.size)
                 run(*MAKE[self.kind], self.image)
+            failing = "the kernel does not mount"
             self.mount()
         except OSError as error:
-            raise Skipped(f"cannot make and mount {self.kind} here: {error}") from None
+            raise Skipped(f"{failing} {self.kind} here: {error}") from None
         except BaseException:                # Ctrl-C
             self.unmount()
             raise
