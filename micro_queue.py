@@ -3693,8 +3693,8 @@ def find_route(broker: Broker, request: Request, client: Client) -> Route:
     if request.method == "OPTIONS":
         if action is None and not request.is_asterisk:
             raise no_such_path()
-        return Route(request, OPTIONS)
-    if action is None or action.permission:
+        route = Route(request, OPTIONS)
+    elif action is None or action.permission:
         route = authorize(broker, request, action, client)
     else:
         route = Route(request, action)
@@ -4162,15 +4162,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _render(self, answer: Answer, request: Optional[Request], keep_alive: bool) -> None:
         head = render_head(answer, keep_alive=keep_alive, old=bool(request and request.old))
         body = b"" if request and request.method == "HEAD" else answer.body
-        if len(body) > UNCOUNTED_BYTES:      # not copied
-            if not answer.taken:
-                answer = answer._replace(held=len(body))
-                self.poll.budget.hold(len(body))
+        size = len(body)
+        if sum([size, *[len(piece) for piece, _ in self._out]]) > UNCOUNTED_BYTES:
+            if not (answer.taken and answer.taken[1].held):
+                answer = answer._replace(held=size)
+                self.poll.budget.hold(size)
+            if self.poll.budget.tight:       # no more for this client until it takes these
+                self._share = 0
+        if size > UNCOUNTED_BYTES:           # not copied
             self._write(head, None)
             self._write(body, answer)
         else:
             self._write(head + body, answer)
-        self._share -= len(body)
+        self._share -= size
 
     def _write(self, data: bytes, answer: Optional[Answer]) -> None:
         """Have data sent at the end of the round; `answer` left when this has."""
@@ -4307,7 +4311,7 @@ class Poll:
         """An answer left, or could not: settle what was taken for it, or put it back."""
         if answer and answer.held:
             self.budget.hold(-answer.held)
-        elif answer and answer.taken:
+        if answer and answer.taken:
             queue, delivery = answer.taken
             (queue.settle if sent else queue.retry)(delivery)
 
