@@ -3816,6 +3816,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection, served a share of a round at a time. Of the base nothing is used but its
     place in the library: its methods wait for the client."""
 
+    _started = 0.0                           # when the request was read; only for its log line
+
     def __init__(self, request: socket.socket, client_address: Tuple[Any, ...],
                  poll: Poll) -> None:
         # Not the base's, which would serve the whole connection from here.
@@ -3839,18 +3841,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._checked = 0                    # of the head that is not whole, already looked at
         self._begun = False                  # a request's first byte came, its answer did not go
         self._moved = 0                      # bytes of body or answer since `deadline` was set
-        self._share = 0                      # what is left of this connection's share of a round
-        self._request: Optional[Request] = None      # the one under way
-        self._route: Optional[Route] = None  # of a request whose body is received by `_body`
-        self._body: Optional[Steps[Any]] = None
+        self._route: Optional[Route] = None  # of the request under way
+        self._body: Optional[Steps[Any]] = None      # receives its body, or that of the last one
         self._unread = False                 # what nobody will read may still come
         self._held = 0                       # what the body counts in the budget
         self._when_gone: Optional[Callable[[], None]] = None
-        self._out: List[Tuple[bytes, Optional[Answer]]] = []     # an answer at its last piece
-        self._sent = 0                       # of the first piece
+        self._out: List[Tuple[Union[bytes, memoryview], Optional[Answer]]] = []  # an answer
+        # stands at the last of its pieces
         self._blocked = False                # the client took no more: epoll tells when it does
         self._closing = False                # once all is sent
-        self._started = 0.0                  # when the round began that read the request
 
     # -- what the poll and the actions call
 
@@ -3869,14 +3868,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         """Serve one share of what there is; the rest waits in the backlog."""
-        self.queued, self._share = False, SHARE_BYTES
+        self.queued, self.poll.share = False, SHARE_BYTES
         if self.state == LINGER:
             self._discard_input()
-        while self.state == READ and self._share > 0:
+        while self.state == READ and self.poll.share > 0:
             if self._at == len(self._data) and not self._receive():
                 return
             moved = self._receive_body() if self._body else self._next_request()
-            if not moved and self._share > 0 and not self._receive():
+            if not moved and self.poll.share > 0 and not self._receive():
                 self._note_begun()
                 return
         self.go_on()
@@ -3948,7 +3947,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._readable = size == RECEIVE_BYTES or self._hung_up
         self._data = self._data[self._at:] + received if self._at < len(self._data) else received
         self._at = 0
-        self._share -= size
+        self.poll.share -= size
         self._moved += size
         if self._moved >= MIB and self.state == READ:
             self._wait_for(self.poll.request_timeout)
@@ -3988,7 +3987,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._checked = len(data) - at
                 return False
             self._at, self._checked = end + 4, 0
-            self._share -= SHARE_BYTES // SHARE_REQUESTS
+            self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
             self._begin(self.poll.service.route(data[start:end], self))
         except ApiError as error:
             self.take_up(error)
@@ -3996,8 +3995,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _begin(self, route: Route) -> None:
         """Call a request's action, or receive its body first. Raises ApiError."""
-        request = self._request = route.request
-        self._unread, self._started = request.has_body, self.poll.now
+        request, self._route, self._unread = route.request, route, route.request.has_body
+        if self.poll.debug:
+            self._started = self.poll.now
         if route.refusal:
             raise route.refusal
         if not self._unread:
@@ -4027,8 +4027,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route.action.before_body(route)
         if route.request.expects and self._at == len(self._data):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n", None)
+        self._begun = True
         self._wait_for(self.poll.request_timeout)
-        self._begun, self._route = True, route
         self._body = (self._chunks() if route.request.chunked
                       else self._exactly(route.request.length, bytearray()))
 
@@ -4038,9 +4038,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             next(self._body)
         except StopIteration as end:
-            route, self._route, self._body = self._route, None, None
-            if route:
-                self._act(route, end.value)
+            self._body = None
+            if self._route:
+                self._act(self._route, end.value)
             else:
                 self._await_next()
             return True
@@ -4095,8 +4095,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self._exactly(length, body)
             if (yield from self._exactly(2, bytearray())) != b"\r\n":
                 raise malformed("A chunk ends in CR LF")
-            self._share -= SHARE_BYTES // SHARE_CHUNKS
-            if self._share <= 0:
+            self.poll.share -= SHARE_BYTES // SHARE_CHUNKS
+            if self.poll.share <= 0:
                 yield
         trailers: List[bytes] = []
         while len(trailers) <= REQUEST_FIELDS:
@@ -4109,14 +4109,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _drop_body(self) -> None:
         self.poll.budget.hold(-self._held)
-        self._held, self._body, self._route = 0, None, None
+        self._held, self._body = 0, None
 
     # -- answers
 
     def take_up(self, result: Union[Answer, Exception]) -> None:
         """Give the answer to the request under way. Called by the polling thread."""
         answer = result if isinstance(result, Answer) else self._answer_to(result)
-        request, self._request, self._when_gone = self._request, None, None
+        request = self._route.request if self._route else None
+        self._route = self._when_gone = None
         if self._held or self._body:
             self._drop_body()
         skip = 0
@@ -4168,13 +4169,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 answer = answer._replace(held=size)
                 self.poll.budget.hold(size)
             if self.poll.budget.tight:       # no more for this client until it takes these
-                self._share = 0
+                self.poll.share = 0
         if size > UNCOUNTED_BYTES:           # not copied
             self._write(head, None)
             self._write(body, answer)
         else:
             self._write(head + body, answer)
-        self._share -= size
+        self.poll.share -= size
 
     def _write(self, data: bytes, answer: Optional[Answer]) -> None:
         """Have data sent at the end of the round; `answer` left when this has."""
@@ -4188,11 +4189,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         left, out = SHARE_BYTES, self._out
         try:
             while out and left > 0:
-                if len(out) == 1 and not self._sent:         # as nearly always
+                if len(out) == 1:            # as nearly always
                     size = self.connection.send(out[0][0], socket.MSG_DONTWAIT)
                 else:
-                    pieces = [memoryview(piece) for piece, _ in out]
-                    size = self.connection.sendmsg([pieces[0][self._sent:], *pieces[1:]], [],
+                    size = self.connection.sendmsg([piece for piece, _ in out], [],
                                                    socket.MSG_DONTWAIT)
                 left -= size
                 self._note_sent(size)
@@ -4213,13 +4213,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _note_sent(self, size: int) -> None:
         self._moved += size
-        out, size = self._out, size + self._sent
+        out = self._out
         while out and size >= len(out[0][0]):
             piece, answer = out.pop(0)
             size -= len(piece)
             if answer and (answer.taken or answer.held):
                 self.poll.left(answer, sent=True)
-        self._sent = size
+        if size:
+            out[0] = memoryview(out[0][0])[size:], out[0][1]
 
     def _go_on_sending(self) -> None:
         """Send the rest in a later round: when the client takes more, if it did not now."""
@@ -4250,7 +4251,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _discard_input(self) -> None:
         while self._receive():
             self._data = b""
-            if self._share <= 0:
+            if self.poll.share <= 0:
                 self.poll.later(self)
                 return
 
@@ -4270,6 +4271,7 @@ class Poll:
         self.debug = log_event.isEnabledFor(logging.DEBUG)
         self.handlers: Dict[int, Handler] = {}
         self.now = time.monotonic()          # when this round began
+        self.share = 0                       # what is left of it for the connection that is served
         self.sending: List[Handler] = []     # those that have something to send in this round
         self._backlog: Deque[Handler] = collections.deque()
         self._done: Deque[Tuple[Handler, Union[Answer, Exception]]] = collections.deque()
