@@ -117,7 +117,9 @@ SKIPPED_BODY_BYTES = 64 * KIB    # an unread body up to this is skipped, beyond 
 LINGER_S = 2                     # how long a closing answer waits for the client to stop sending
 SHARE_REQUESTS = 16              # what one connection gets of a round: requests answered at once,
 SHARE_BYTES = MIB                # bytes of body or answer,
-SHARE_CHUNKS = 256               # and chunks of a body
+SHARE_CHUNKS = 256               # chunks of a body,
+SHARE_S = 0.001                  # and time; a request that takes longer is the last
+EVENTS_S = 0.02                  # of a round, for connections that had nothing left over
 ROUND_BYTES = 4 * MIB            # put in one round: more is written before its end
 BACKLOG_S = 0.005                # of a round, for what goes beyond such shares
 UNCOUNTED_BYTES = 64 * KIB       # of a body or an answer: so much of each is not worth counting
@@ -853,11 +855,12 @@ class Log:
 
     # -- appending
 
-    def append(self, records: Sequence[Record]) -> List[Tuple[int, int]]:
-        """Write records at the tail with one pwrite; return (offset, size) of each.
+    def append(self, records: Sequence[Record],
+               apply: Callable[[Record, int, int], None] = lambda *_: None) -> None:
+        """Write records at the tail with one pwrite, then apply each, with its offset and size.
 
         Not durable on return. Raises ApiError 503 when the disk is full, the log being as
-        before; LogFailed when it is not known to be.
+        before; LogFailed when it is not known to be, or when memory no longer agrees with it.
         """
         if self.failure:
             raise self.failure
@@ -868,7 +871,11 @@ class Log:
             self._undo_append(error)
         self.tail += len(data)
         self.appends += 1                    # invariant 2: after its write ended
-        return places
+        try:
+            for record, (offset, size) in zip(records, places):
+                apply(record, offset, size)
+        except Exception as error:
+            self._fail("apply", error)
 
     def _undo_append(self, error: OSError) -> NoReturn:
         if error.errno not in NO_SPACE:
@@ -879,9 +886,10 @@ class Log:
             self._fail("truncate", again)
         raise ApiError(503, "The disk is full; nothing was queued, try again later") from None
 
-    def _fail(self, doing: str, error: OSError) -> NoReturn:
+    def _fail(self, doing: str, error: Exception) -> NoReturn:
         """Poison the log (invariant 4): every waiter and later call raises LogFailed."""
-        failure = LogFailed(f"cannot {doing} {self.path}: {error.strerror}")
+        reason = getattr(error, "strerror", None) or repr(error)
+        failure = LogFailed(f"cannot {doing} {self.path}: {reason}")
         with self._commit:
             self.failure = self.failure or failure
             followers, self._followers = self._followers, []
@@ -919,7 +927,7 @@ class Log:
         with self._commit:
             ready = [call for number, call in self._followers if number <= self.durable]
             self._followers = [f for f in self._followers if f[0] > self.durable]
-            self._leading = more = bool(self._followers)
+            self._leading = more = bool(self._followers) and self.fd >= 0
         for call in ready:
             call(None)
         return more
@@ -951,7 +959,7 @@ class Log:
         started = time.perf_counter()
         try:
             self.storage.fdatasync(fd)
-        except OSError as error:
+        except Exception as error:           # whatever it is: the kernel tells it only once
             self._fail("sync", error)
         with self._commit:
             self.syncs += 1
@@ -2006,9 +2014,7 @@ class Queue:
         """Append and apply, or raise ApiError 503: where a subscriber stands is in the log before
         anything is served."""
         if records:
-            self.log.append(records)
-        for record in records:
-            self.state.apply(record, 0, 0)   # only a message needs its place
+            self.log.append(records, self.state.apply)
 
     def close(self) -> None:
         """Write a bookmark that marks a clean stop, and let go of the folder."""
@@ -2033,6 +2039,7 @@ class Queue:
         with self._turn:
             puts, self._puts, self._staged_bytes = self._puts, [], 0
             try:
+                self._check_open()
                 self._write_settled_locked()
                 results: Sequence[Union[int, Exception]] = self._append_locked(puts) if puts else ()
                 number = self.log.appends
@@ -2125,8 +2132,7 @@ class Queue:
             records += [Record(MESSAGE, id_, now_ms, payload, 0, put.delay_s * 1000)
                         for id_, payload in enumerate(put.payloads, next_id)]
             next_id += len(put.payloads)
-        for record, (offset, size) in zip(records, self.log.append(records)):
-            self.state.apply(record, offset, size)
+        self.log.append(records, self.state.apply)
         self.in_total += len(records)
         self._touched.update(self._awaited)
         delays_s = [put.delay_s for put in puts if put.delay_s]
@@ -2141,7 +2147,9 @@ class Queue:
 
     def take(self, subscriber: str = FIFO, wish: Wish = ONE,
              waiter: Optional[Waiter] = None) -> Optional[Delivery]:
-        """Take the oldest ready messages; without any return None, and `waiter` waits.
+        """Take the oldest ready messages; without any return None, and `waiter` waits: then it
+        has a deadline. It does so too, if only for that, while more has to expire than one hold
+        of the lock may expel.
 
         Does not wait for a disk. What is leased comes back at its deadline; the rest is to be
         settled or retried by the caller.
@@ -2151,19 +2159,20 @@ class Queue:
                 self._check_open()
                 now_ms = self.now_ms()
                 self._tick_locked(subscriber, now_ms)
+                self._expire_locked(now_ms)
                 if self._touched:            # who waits came first
                     self._match_locked()
                 if now_ms < self._expiry_ms:
                     fitting = self._fitting_locked(subscriber, wish)
                     delivery = self._take_locked(subscriber, fitting) if fitting else None
-                    if delivery is None and waiter:
+                    if delivery is None and waiter and waiter.wait_s:
                         self._wait_locked(subscriber, waiter, now_ms)
-                    if not fitting and not waiter:
+                    elif not fitting:
                         raise no_room()
-                    if not fitting:          # the budget has `tick` called once there is room
-                        self._touched.add(subscriber)
                     return delivery
-                self._expire_locked(now_ms)
+                if waiter:
+                    self._wait_locked(subscriber, waiter, now_ms)
+                    return None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -2188,10 +2197,10 @@ class Queue:
             if not messages:
                 return None
             key = secrets.randbits(KEY_BITS) if wish.lease_s else None
+            delivery = self._delivery(subscriber, messages, wish, key)
             if key is not None:
                 out = [(message.id, message.delivery) for message in messages]
                 self._lease_locked(subscriber, key, out, wish.lease_s)
-            delivery = self._delivery(subscriber, messages, wish, key)
             if delivery.held:
                 self._budget.hold(delivery.held)
             return delivery
@@ -2217,9 +2226,10 @@ class Queue:
     def peek(self, subscriber: Optional[str] = FIFO, wish: Wish = ONE) -> Optional[Delivery]:
         """Return what a take would, without taking it: a peek counts as no delivery. Without a
         subscriber, look at what anyone has not settled."""
-        while self.tick() <= self._clock.monotonic_ms():
-            pass
+        self.tick()
         with self._turn:
+            if self.now_ms() >= self._expiry_ms:     # more than one hold of the lock may expel
+                raise ApiError(503, "What grew older than ttl is being dropped; try again")
             if self._budget.tight:
                 raise no_room()
             state = self.state
@@ -2235,6 +2245,7 @@ class Queue:
         waiter.deadline_ms = now_ms + waiter.wait_s * 1000
         self._consumers[subscriber].add_waiter(waiter)
         self._awaited.add(subscriber)
+        self._touched.add(subscriber)        # what is ready may only lack room
         self._wake_locked(waiter.deadline_ms)
 
     def end_turn(self) -> None:
@@ -2406,7 +2417,8 @@ class Queue:
             for name in self._consumers:
                 self._tick_locked(name, now_ms)
             self._match_locked()
-            self._dismiss_locked(now_ms)
+            if now_ms < self._expiry_ms:
+                self._dismiss_locked(now_ms)
             firsts = [(self._expiry_ms, 0)]
             for name, consumers in self._consumers.items():
                 firsts += filter(None, (consumers.lease_deadlines.first(),
@@ -2538,11 +2550,11 @@ class Queue:
         if not records:
             return
         try:
-            self.log.append(records)
+            self.log.append(records, self.state.apply)
         except ApiError:
             self.unlogged += 1
-        for record in records:
-            self.state.apply(record, 0, 0)   # only a message needs its place
+            for record in records:
+                self.state.apply(record, 0, 0)       # only a message needs its place
 
     # -- bookmark
 
@@ -2752,10 +2764,9 @@ class Compaction:
             self._synced = self._fresh.tail
             self._fresh.sync()
         if records:
-            for record, (offset, size) in zip(records, self._fresh.append(records)):
-                self._state.apply(record, offset, size)
-                if record.type == MESSAGE:
-                    self._last_id = record.id
+            self._fresh.append(records, self._state.apply)
+            self._last_id = max([record.id for record in records if record.type == MESSAGE],
+                                default=self._last_id)
 
     def _switch_locked(self) -> None:
         queue, state = self._queue, self._state
@@ -2822,10 +2833,10 @@ class Syncers:
             if not found:
                 threading.Thread(target=self._work, daemon=True, name="syncer").start()
         except (RuntimeError, MemoryError) as error:
-            if not self._is_short:           # or there would be a line each round
-                event(logging.ERROR, "cannot_start_thread", error=error)
-            self._is_short = True
             self.unserved.append(log)
+            was_short, self._is_short = self._is_short, True
+            if not was_short:                # or there would be a line each round
+                event(logging.ERROR, "cannot_start_thread", error=error)
         else:
             self._is_short = False
             self._logs.put(log)
@@ -2838,9 +2849,9 @@ class Syncers:
             except LogFailed as failure:
                 self._on_failure(failure)
             except Exception:                # no memory: those who wait still do
+                self._logs.put(log)
                 log_event.exception("sync_failed log=%s", log.path)
                 time.sleep(PAUSE_S)
-                self._logs.put(log)
                 continue
             with self._lock:
                 self._idle += 1
@@ -2919,14 +2930,11 @@ class Broker:
     def end_round(self) -> None:
         """Write what the queues were told in this round. Does not wait for a disk, unless there
         are no threads for that."""
-        staged = list(self.staging)
-        self.staging.clear()
-        for queue in staged:
-            queue.flush()
-        for _ in range(len(self.syncers.unserved)):
-            log = self.syncers.unserved.popleft()
-            if log.lead_once():
-                self.syncers.unserved.append(log)
+        while self.staging:
+            self.staging.pop().flush()
+        for log in list(self.syncers.unserved):
+            if not log.lead_once():
+                self.syncers.unserved.remove(log)
 
     def dismiss(self) -> None:
         """Answer all who wait for a message with None."""
@@ -3494,9 +3502,11 @@ def put(call: Call) -> Optional[Answer]:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
 
     def done(result: Union[int, Exception]) -> None:
-        count = b"Message-Count: %d\r\n" % len(payloads) if lines else b""
-        call.client.finish_with(result if isinstance(result, Exception) else Answer(
-            headers=b"Message-Id: %d\r\n%b" % (result, count)))
+        if isinstance(result, Exception):
+            call.client.finish_with(result)
+        else:
+            count = b"Message-Count: %d\r\n" % len(payloads) if lines else b""
+            finish(call, lambda: Answer(headers=b"Message-Id: %d\r\n%b" % (result, count)))
     call.queue.stage(Put(payloads, call.number("delay"), done))
     return None
 
@@ -3514,24 +3524,31 @@ def split_lines(body: bytes) -> List[bytes]:
 
 def take(call: Call) -> Optional[Answer]:
     queue, subscriber, wait_s = call.queue, call.subscriber, call.number("wait")
-    if not wait_s:
+    if not (wait_s or queue.config.ttl):
         return answer_with(queue, queue.take(subscriber, call.wish))
 
     def answer(delivery: Optional[Delivery]) -> None:
-        late = delivery is None and call.service.broker.unready
-        try:
-            call.client.finish_with(unready(late) if late else answer_with(queue, delivery))
-        except Exception as error:           # no memory: what was taken is back
-            call.client.finish_with(error)
+        draining = delivery is None and call.service.broker.unready
+        finish(call, lambda: error_answer(unready(draining)) if draining
+               else answer_with(queue, delivery))
 
-    if call.client.is_gone():
+    if wait_s and call.client.is_gone():
         return answer_with(queue, None)
     waiter = Waiter(call.wish, wait_s, answer, call.client.is_gone)
     delivery = queue.take(subscriber, call.wish, waiter)
-    if delivery:
+    if delivery or not waiter.deadline_ms:
         return answer_with(queue, delivery)
     call.client.when_gone(lambda: queue.stop_waiting(subscriber, waiter))
     return None
+
+
+def finish(call: Call, make: Callable[[], Answer]) -> None:
+    """Give a late answer, or what went wrong when it was made."""
+    try:
+        answer: Union[Answer, Exception] = make()
+    except Exception as error:
+        answer = error
+    call.client.finish_with(answer)
 
 
 def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
@@ -3871,6 +3888,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.queued, self.poll.share = False, SHARE_BYTES
         if self.state == LINGER:
             self._discard_input()
+        end = time.monotonic() + SHARE_S
         while self.state == READ and self.poll.share > 0:
             if self._at == len(self._data) and not self._receive():
                 return
@@ -3878,6 +3896,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not moved and self.poll.share > 0 and not self._receive():
                 self._note_begun()
                 return
+            if time.monotonic() > end:
+                break
         self.go_on()
 
     def go_on(self) -> None:
@@ -4330,6 +4350,8 @@ class Poll:
         for fd, flags in events:
             handler = self.handlers.get(fd)
             if handler:
+                if time.monotonic() > self.now + EVENTS_S:
+                    self.later(handler)
                 self._have(handler, handler.on_event, flags)
             elif fd == self._bell:
                 os.read(self._bell, RECEIVE_BYTES)

@@ -3774,7 +3774,8 @@ class RoundsTest(ServerTest):
     def test_who_pipelines_without_end_gets_a_share_of_each_round(self):
         crowd = self.pairs(40, request("GET", "/healthz", token=None) * 900)
         honest = self.pair().send(request("GET", "/readyz"))
-        self.poll.wait(0)
+        with unittest.mock.patch.multiple(mq, SHARE_S=9, EVENTS_S=9):
+            self.poll.wait(0)
         self.assertEqual(self.answered["readyz", 200], 1)
         self.assertEqual(self.answered["healthz", 200], len(crowd) * mq.SHARE_REQUESTS)
         self.poll.end_round()
@@ -3788,6 +3789,43 @@ class RoundsTest(ServerTest):
             self.assertEqual(self.answered["readyz", 200], answers)
             self.assertEqual(self.answered["healthz", 200], before)
             self.poll.end_round()
+
+    def test_a_share_is_one_of_time_too(self):
+        self.pairs(5, request("GET", "/healthz", token=None) * 9)
+        with unittest.mock.patch.object(mq, "SHARE_S", -1):
+            self.poll.wait(0)
+        self.assertEqual(self.answered["healthz", 200], 5)
+        self.round()
+        self.assertEqual(self.answered["healthz", 200], 45)
+        self.pairs(5, request("GET", "/readyz", token=None))
+        with unittest.mock.patch.multiple(mq, EVENTS_S=-1, BACKLOG_S=-1):
+            self.round()
+        self.assertEqual(self.answered["readyz", 200], 0)
+        self.round()
+        self.assertEqual(self.answered["readyz", 200], 5)
+
+    def test_what_expires_keeps_nobody_waiting(self):
+        queue, holds = self.queue, []
+        queue.config, queue._clock = dataclasses.replace(queue.config, ttl=1), FakeClock()
+        for _ in range(3):
+            queue.put([b"old"] * mq.AT_ONCE)
+        queue._clock.passed += 1000
+        queue.put([b"new"])
+        queue._expiry_ms = 0                 # as after a start
+
+        def expire(now_ms):
+            holds.append(threading.get_ident())
+            mq.Queue._expire_locked(queue, now_ms)
+
+        wire, = self.pairs(1, request("GET", "/out/fetcher"))
+        with unittest.mock.patch.object(queue, "_expire_locked", expire):
+            self.round()
+        self.assertLess(holds.count(threading.get_ident()), 3)
+        self.assertTrue(wire.is_silent())
+        while queue.tick() <= queue._clock.monotonic_ms():
+            pass
+        self.round()
+        self.assertEqual((wire.answer().body, queue.expired_total), (b"new", 3 * mq.AT_ONCE))
 
     def test_nothing_is_received_while_a_whole_request_stands_unserved(self):
         wire = self.pair()
