@@ -3819,9 +3819,9 @@ class RoundsTest(ServerTest):
 
         wire, = self.pairs(1, request("GET", "/out/fetcher"))
         with unittest.mock.patch.object(queue, "_expire_locked", expire):
-            self.round()
-        self.assertLess(holds.count(threading.get_ident()), 3)
-        self.assertTrue(wire.is_silent())
+            self.poll.wait(0)
+        self.assertLess(holds.count(threading.get_ident()), 4)
+        self.assertEqual(wire.handler.state, mq.LATE)
         while queue.tick() <= queue._clock.monotonic_ms():
             pass
         self.round()
