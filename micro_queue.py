@@ -120,7 +120,8 @@ SHARE_BYTES = MIB                # bytes of body or answer,
 SHARE_CHUNKS = 256               # chunks of a body,
 SHARE_S = 0.001                  # and time; a request that takes longer is the last
 EVENTS_S = 0.02                  # of a round, for connections that had nothing left over
-ROUND_BYTES = 4 * MIB            # put in one round: more is written before its end
+ROUND_BYTES, ROUND_MESSAGES = 4 * MIB, 4096  # put in one round: more is written before its end
+SENT_PIECES = 512                # of answers, with one call: the system takes 1,024
 BACKLOG_S = 0.005                # of a round, for what goes beyond such shares
 UNCOUNTED_BYTES = 64 * KIB       # of a body or an answer: so much of each is not worth counting
 DRAIN_S = 5                      # how long a stop waits for requests under way
@@ -1946,7 +1947,7 @@ class Queue:
         self._touched: Set[str] = set()      # those for whom something may have become ready
         self._answers: List[Tuple[Waiter, Optional[Delivery]]] = []
         self._puts: List[Put] = []           # staged; see flush
-        self._staged_bytes = 0
+        self._staged_bytes = self._staged_count = 0
         self._settled: Dict[str, List[int]] = {}         # staged ids by subscriber
         self._dead: Dict[Tuple[str, int], bool] = {}     # to be dead-lettered, in order
         self._expired_id = 0
@@ -2037,7 +2038,7 @@ class Queue:
         """End a round: write what was put with one write, what was settled with one record a
         run of ids. Does not wait for a disk."""
         with self._turn:
-            puts, self._puts, self._staged_bytes = self._puts, [], 0
+            puts, self._puts, self._staged_bytes, self._staged_count = self._puts, [], 0, 0
             try:
                 self._check_open()
                 self._write_settled_locked()
@@ -2087,7 +2088,7 @@ class Queue:
         self._write_settled_locked()
         held_count, held_bytes = self.state.held()
         held_bytes -= held_count * HEAD.size
-        held_count += sum([len(put.payloads) for put in self._puts])
+        held_count += self._staged_count
         held_bytes += self._staged_bytes
         limits = (("max_messages", self.config.max_messages, held_count, count),
                   ("max_bytes", self.config.max_bytes, held_bytes, payload_bytes))
@@ -2107,8 +2108,9 @@ class Queue:
             self._check_room_locked(size, len(put.payloads))
             self._puts.append(put)
             self._staged_bytes += size
+            self._staged_count += len(put.payloads)
             self._staging.add(self)
-        if self._staged_bytes >= ROUND_BYTES:
+        if self._staged_bytes >= ROUND_BYTES or self._staged_count >= ROUND_MESSAGES:
             self.flush()
 
     def put(self, payloads: Sequence[bytes], delay_s: int = 0, *, limited: bool = True) -> int:
@@ -3193,6 +3195,14 @@ def malformed(what: str, status: int = 400) -> ApiError:
     return ApiError(status, what, close=True)
 
 
+def check_line_ends(data: bytes, start: int, end: int) -> None:
+    """Refuse a CR or LF that stands alone; a CR at `end` may get its LF yet."""
+    pairs = data.count(b"\r\n", start, end)       # counting is faster than BARE_LINE_END
+    good = pairs == data.count(b"\n", start, end) == data.count(b"\r", start, end)
+    if not good and BARE_LINE_END.search(data, start, end):
+        raise malformed("A line ends in CR LF, and neither stands alone")
+
+
 def check_head(data: bytes, start: int = 0, checked: int = 0) -> None:
     """Refuse a head that begins at `start`, whole or not, for what no further byte can mend: of
     several such things the first, so that the answer does not depend on how the bytes were
@@ -3203,8 +3213,7 @@ def check_head(data: bytes, start: int = 0, checked: int = 0) -> None:
     is_long = data.find(b"\r\n", start, line_limit) < 0
     limit = line_limit if is_long else head_limit
     seen = min(limit, len(data) if end < 0 else end + 4)
-    if BARE_LINE_END.search(data, max(start, checked - 1), seen):
-        raise malformed("A line ends in CR LF, and neither stands alone")
+    check_line_ends(data, max(start, checked - 1), seen)
     if is_long and seen == limit:
         raise malformed(f"The request line is longer than {REQUEST_LINE_BYTES} bytes", 414)
     if end < 0 and seen == limit:
@@ -3845,10 +3854,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # READ    its answer needs the round, a sync, a message    LATE, set before the action runs
         # READ    its share of the round is used up                READ, in the backlog
         # LATE    readable, or hung up                             LATE, only noted
+        # LATE    an earlier answer is not taken: error, deadline  CLOSED
         # LATE    finished, taken up by the poll                   READ, WRITE
         # WRITE   all sent                                         READ, LINGER, CLOSED
         # LINGER  end of input                                     CLOSED
-        # any but LATE: error, deadline                            CLOSED; WRITE with a 408
+        # others: error, deadline                                  CLOSED; WRITE with a 408
         self.state = READ
         self.queued = False                  # in the backlog
         self.deadline = poll.now + poll.idle_timeout     # of `state`; see on_deadline
@@ -3924,7 +3934,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             call()
 
     def on_deadline(self) -> None:
-        """End what took too long; called by the sweep, not while LATE."""
+        """End what took too long; called by the sweep."""
         if self.state == READ and self._begun and (self._route or not self._body):
             timeout = self.poll.request_timeout
             self.take_up(malformed(f"The request did not arrive within {timeout} s", 408))
@@ -3946,6 +3956,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for _, answer in self._out:
                 self.poll.left(answer, sent=False)
             self._out.clear()
+            self._hung_up = True
+            with contextlib.suppress(MemoryError):       # who matches the waiter finds it gone
+                self.when_gone(self._when_gone)
 
     # -- requests
 
@@ -3974,17 +3987,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _note_begun(self) -> None:
-        """A part of a request is here: from now on the rest has to come in time."""
-        if not self._begun and self.state == READ:
+        """If a part of a request is here, the rest has to come in time from now on."""
+        if not self._begun and self.state == READ and self._has_part():
             self._begun = True
             self._wait_for(self.poll.request_timeout)
+
+    def _has_part(self) -> bool:
+        """Tell whether some of a request is here; an empty line before it is none of it."""
+        left = len(self._data) - self._at
+        return left > 2 or (left > 0 and self._data[self._at:] not in (b"\r", b"\r\n"))
 
     def _wait_for(self, timeout: int) -> None:
         self.deadline, self._moved = self.poll.now + timeout, 0
 
     def _await_next(self) -> None:
         """Wait for the next request, a part of which may be here already."""
-        self._begun = self._at < len(self._data)
+        self._begun = self._has_part()
         self._wait_for(self.poll.request_timeout if self._begun else self.poll.idle_timeout)
 
     def _end_input(self) -> None:
@@ -4030,7 +4048,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _act(self, route: Route, body: bytes) -> None:
         """Call an action; its answer is given at once, or late."""
-        self.state, self._unread = LATE, False
+        self.state, self.deadline, self._unread = LATE, math.inf, False
         result: Union[Answer, Exception, None]
         try:
             result = route.action.call(Call(self.poll.service, route, self, body))
@@ -4095,8 +4113,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise malformed("A line of the chunked body is too long")
             if end >= 0:
                 line, self._at = self._data[self._at:end + 1], end + 1
-                if not line.endswith(b"\r\n") or BARE_LINE_END.search(line):
-                    raise malformed("A line ends in CR LF, and neither stands alone")
+                check_line_ends(line, 0, len(line))
                 return line[:-2]
             yield
 
@@ -4119,11 +4136,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.poll.share <= 0:
                 yield
         trailers: List[bytes] = []
-        while len(trailers) <= REQUEST_FIELDS:
+        size = 0
+        while len(trailers) <= REQUEST_FIELDS and size <= REQUEST_HEAD_BYTES:
             line = yield from self._line()
             if not line:
                 break
             trailers.append(line)
+            size += len(line)
+        if size > REQUEST_HEAD_BYTES:
+            raise malformed(f"The trailers are longer than {REQUEST_HEAD_BYTES} bytes", 431)
         parse_fields(trailers)
         return body
 
@@ -4212,7 +4233,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if len(out) == 1:            # as nearly always
                     size = self.connection.send(out[0][0], socket.MSG_DONTWAIT)
                 else:
-                    size = self.connection.sendmsg([piece for piece, _ in out], [],
+                    size = self.connection.sendmsg([piece for piece, _ in out[:SENT_PIECES]], [],
                                                    socket.MSG_DONTWAIT)
                 left -= size
                 self._note_sent(size)
@@ -4223,6 +4244,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if out:
             self._go_on_sending()
+        elif self.state == LATE:
+            self.deadline = math.inf
         elif self.state == WRITE and self._closing:
             self._end()
         elif self.state == WRITE:
@@ -4235,16 +4258,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._moved += size
         out = self._out
         while out and size >= len(out[0][0]):
-            piece, answer = out.pop(0)
-            size -= len(piece)
+            piece, answer = out[0]
             if answer and (answer.taken or answer.held):
                 self.poll.left(answer, sent=True)
+            del out[0]
+            size -= len(piece)
         if size:
             out[0] = memoryview(out[0][0])[size:], out[0][1]
 
     def _go_on_sending(self) -> None:
         """Send the rest in a later round: when the client takes more, if it did not now."""
-        if self.state == READ or self._moved >= MIB:
+        if self.state == READ or self.deadline == math.inf or self._moved >= MIB:
             self._wait_for(self.poll.request_timeout)
         if self.state == READ:
             self.state = WRITE
@@ -4326,8 +4350,8 @@ class Poll:
     def later(self, handler: Handler) -> None:
         """Serve a connection again when the others had their share."""
         if not handler.queued:
-            handler.queued = True
             self._backlog.append(handler)
+            handler.queued = True
 
     def left(self, answer: Optional[Answer], *, sent: bool) -> None:
         """An answer left, or could not: settle what was taken for it, or put it back."""
@@ -4361,15 +4385,16 @@ class Poll:
 
     def sweep(self) -> None:
         """End what is over its deadline."""
-        for handler in [handler for handler in self.handlers.values()
-                        if handler.deadline < self.now and handler.state != LATE]:
+        for handler in [h for h in self.handlers.values() if h.deadline < self.now]:
             self._have(handler, handler.on_deadline)
 
     def end_round(self) -> None:
         """Serve some of what was left over; write what the queues were told, and send what tells
         of it; write what left with that."""
         end = time.monotonic() + BACKLOG_S if self._backlog else 0
-        while self._backlog and time.monotonic() < end:
+        for _ in range(len(self._backlog)):
+            if time.monotonic() > end:
+                break
             handler = self._backlog.popleft()
             self._have(handler, handler.serve)
         broker = self.service.broker

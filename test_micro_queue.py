@@ -3807,21 +3807,22 @@ class RoundsTest(ServerTest):
     def test_what_expires_keeps_nobody_waiting(self):
         queue, holds = self.queue, []
         queue.config, queue._clock = dataclasses.replace(queue.config, ttl=1), FakeClock()
+        queue.tick = lambda: mq.NEVER        # the timers are busy
         for _ in range(3):
             queue.put([b"old"] * mq.AT_ONCE)
         queue._clock.passed += 1000
         queue.put([b"new"])
-        queue._expiry_ms = 0                 # as after a start
 
         def expire(now_ms):
-            holds.append(threading.get_ident())
+            holds.append(now_ms)
             mq.Queue._expire_locked(queue, now_ms)
 
         wire, = self.pairs(1, request("GET", "/out/fetcher"))
         with unittest.mock.patch.object(queue, "_expire_locked", expire):
-            self.poll.wait(0)
-        self.assertLess(holds.count(threading.get_ident()), 4)
+            self.round()
+        self.assertLess(len(holds), 4)
         self.assertEqual(wire.handler.state, mq.LATE)
+        del queue.tick
         while queue.tick() <= queue._clock.monotonic_ms():
             pass
         self.round()
@@ -4079,6 +4080,46 @@ class RoundsTest(ServerTest):
             for _ in range(self.poll.request_timeout + 2):
                 self.pass_seconds(clock, 1)
             self.assertEqual(wire.handler.state, mq.CLOSED)
+
+    def test_who_does_not_take_an_answer_is_closed_in_time_though_the_next_one_waits(self):
+        with self.fake_time() as clock:
+            self.queue.put([self.BIG])
+            wire, = self.pairs(1, request("GET", "/peek/fetcher"),
+                               request("GET", "/out/manager-reload?wait=300"))
+            self.round(2)
+            self.assertEqual(wire.handler.state, mq.LATE)
+            self.pass_seconds(clock, self.poll.request_timeout + 2)
+            self.assertEqual(wire.handler.state, mq.CLOSED)
+        self.assertEqual(self.waiting_consumers(), 0)
+
+    def test_who_resets_while_its_first_of_two_answers_leaves_waits_no_longer(self):
+        wire, = self.pairs(1, request("GET", "/"), request("GET", "/out/fetcher?wait=300"))
+        self.poll.wait(0)
+        self.assertEqual(self.waiting_consumers(), 1)
+        wire.close()
+        self.poll.end_round()
+        self.assertEqual((wire.handler.state, self.waiting_consumers()), (mq.CLOSED, 0))
+
+    def test_an_empty_line_behind_a_request_is_none(self):
+        with self.fake_time() as clock:
+            wire, = self.pairs(1, request("GET", "/"), b"\r\n")
+            self.round(2)
+            self.assertEqual(wire.answer().status, 200)
+            self.assertFalse(wire.handler.busy)
+            self.pass_seconds(clock, self.poll.request_timeout + 2)
+            self.assertTrue(wire.is_silent())
+            self.assertEqual(wire.send(request("GET", "/")).handler.state, mq.READ)
+            self.round()
+            self.assertEqual(wire.answer().status, 200)
+
+    def test_any_number_of_answers_leaves(self):
+        wire = self.pair()
+        with unittest.mock.patch.multiple(mq, SHARE_REQUESTS=1 << 20, SHARE_S=9):
+            self.push(wire, request("GET", "/", token=None) * 3000)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                answers = pool.submit(lambda: [wire.answer().status for _ in range(3000)])
+                self.until(answers.done)
+        self.assertEqual(answers.result(), [200] * 3000)
 
     # -- what should not happen
 

@@ -110,6 +110,20 @@ MUTANTS = [
     Mutant("a consumer that is answered twice", (
         ("del waiters[waiter.key]", "pass"),), (
         "ModelTest", "WorstDayTest.test_one_answer_that_fails_keeps_the_others_from_nothing")),
+    Mutant("an ack that is answered before it is written", (
+        ("if broker.staging or broker.syncers.unserved:", "if broker.syncers.unserved:"),), (
+        "RoundsTest.test_a_put_and_an_ack_are_written_before_their_answer_a_take_behind_it",)),
+    Mutant("a take that is settled though it could not leave", (
+        ("(queue.settle if sent else queue.retry)(delivery)", "queue.settle(delivery)"),), (
+        "RoundsTest.test_nothing_is_held_for_who_left",
+        "FramingTest.test_a_client_that_does_not_take_its_answer_loses_the_message_to_the_next")),
+    Mutant("a client that gets more than its share", (
+        ("self.poll.share -= SHARE_BYTES // SHARE_REQUESTS", "pass"),), (
+        "RoundsTest.test_who_pipelines_without_end_gets_a_share_of_each_round",)),
+    Mutant("a client that is waited for though it hung up", (
+        ("            self._hung_up = True\n            self.when_gone(self._when_gone)",
+         "            self._hung_up = True"),), (
+        "ConsumptionTest.test_a_hang_up_is_noticed_however_the_request_came",)),
     Mutant("a compaction that forgets what came back", (
         ("records.extend(place.retries(place.name, now_ms))", "pass"),), (
         "CompactionTest.test_only_live_records_are_kept_wherever_they_are",)),
