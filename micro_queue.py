@@ -3836,6 +3836,7 @@ READ, LATE, WRITE, LINGER, CLOSED = "read", "late", "write", "linger", "closed"
 EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 HANG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 Steps = Generator[None, None, T]             # yields when it needs more bytes, or gives way
+Piece = Tuple[Union[bytes, memoryview], Optional[Answer]]    # an answer is at its last piece
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -3873,8 +3874,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._unread = False                 # what nobody will read may still come
         self._held = 0                       # what the body counts in the budget
         self._when_gone: Optional[Callable[[], None]] = None
-        self._out: List[Tuple[Union[bytes, memoryview], Optional[Answer]]] = []  # an answer
-        # stands at the last of its pieces
+        self._out: List[Piece] = []          # to be sent
         self._blocked = False                # the client took no more: epoll tells when it does
         self._closing = False                # once all is sent
 
@@ -3921,11 +3921,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def is_gone(self) -> bool:
         """Tell at once whether the client hung up, or will send no more. Any thread may ask
-        while the answer is awaited: the connection is not closed meanwhile."""
-        if self.state == CLOSED:             # for what should not happen
+        while the answer is awaited."""
+        fd = self.connection.fileno()
+        if fd < 0:                           # closed for an earlier answer that was not taken
             return True
         poll = select.poll()
-        poll.register(self.connection, select.POLLRDHUP)
+        poll.register(fd, select.POLLRDHUP)
         return bool(poll.poll(0))
 
     def when_gone(self, call: Optional[Callable[[], None]]) -> None:
