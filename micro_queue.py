@@ -3423,6 +3423,7 @@ class Route(NamedTuple):
     subscriber: Optional[str] = None         # as whom the token takes from the queue
     token: Optional[Token] = None
     parameters: Mapping[str, int] = {}
+    wish: Wish = ONE                         # of a take or a peek
     refusal: Optional[ApiError] = None
 
 
@@ -3451,11 +3452,6 @@ class Call(NamedTuple):
     def number(self, parameter: str) -> int:
         """Return a parameter's value, 0 if it is not given."""
         return self.route.parameters.get(parameter, 0)
-
-    @property
-    def wish(self) -> Wish:
-        most = self.service.broker.config.settings.max_message_bytes
-        return Wish(self.number("max"), most, self.number("lease"))
 
 
 class Parameter(NamedTuple):
@@ -3534,7 +3530,7 @@ def split_lines(body: bytes) -> List[bytes]:
 def take(call: Call) -> Optional[Answer]:
     queue, subscriber, wait_s = call.queue, call.subscriber, call.number("wait")
     if not (wait_s or queue.config.ttl):
-        return answer_with(queue, queue.take(subscriber, call.wish))
+        return answer_with(queue, queue.take(subscriber, call.route.wish))
 
     def answer(delivery: Optional[Delivery]) -> None:
         draining = delivery is None and call.service.broker.unready
@@ -3543,8 +3539,8 @@ def take(call: Call) -> Optional[Answer]:
 
     if wait_s and call.client.is_gone():
         return answer_with(queue, None)
-    waiter = Waiter(call.wish, wait_s, answer, call.client.is_gone)
-    delivery = queue.take(subscriber, call.wish, waiter)
+    waiter = Waiter(call.route.wish, wait_s, answer, call.client.is_gone)
+    delivery = queue.take(subscriber, call.route.wish, waiter)
     if delivery or not waiter.deadline_ms:
         return answer_with(queue, delivery)
     call.client.when_gone(lambda: queue.stop_waiting(subscriber, waiter))
@@ -3605,7 +3601,7 @@ def extend(call: Call) -> Answer:
 
 
 def peek(call: Call) -> Answer:
-    delivery = call.queue.peek(call.route.subscriber, call.wish)
+    delivery = call.queue.peek(call.route.subscriber, call.route.wish)
     return render_delivery(call.queue, delivery)._replace(taken=None)
 
 
@@ -3727,11 +3723,14 @@ def find_route(broker: Broker, request: Request, client: Client) -> Route:
     if request.method not in route.action.methods:
         raise ApiError(405, f"Use {' or '.join(route.action.methods)} here",
                        headers=b"Allow: %b\r\n" % route.action.allow.encode())
+    most = broker.config.settings.max_message_bytes
     if route.action.permission:
-        route = route._replace(parameters=parse_parameters(request.query, route.action))
+        numbers = parse_parameters(request.query, route.action)
+        wish = Wish(numbers.get("max", 0), most, numbers.get("lease", 0))
+        route = route._replace(parameters=numbers, wish=wish)
     if request.has_body and not route.action.before_body:
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
-    if request.length > broker.config.settings.max_message_bytes:
+    if request.length > most:
         raise too_large(broker)
     if route.action.before_body and request.encoding not in ("", "identity"):
         raise ApiError(415, "Send the message without a Content-Encoding")
@@ -4206,7 +4205,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = render_head(answer, keep_alive=keep_alive, old=bool(request and request.old))
         body = b"" if request and request.method == "HEAD" else answer.body
         size = len(body)
-        if sum([size, *[len(piece) for piece, _ in self._out]]) > UNCOUNTED_BYTES:
+        if size + sum([len(piece) for piece, _ in self._out]) > UNCOUNTED_BYTES:
             if not (answer.taken and answer.taken[1].held):
                 answer = answer._replace(held=size)
                 self.poll.budget.hold(size)
