@@ -632,7 +632,7 @@ class Log:
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
         self._one_sync = threading.Lock()    # held while a descriptor syncs; before `_commit`
-        self._commit = threading.Lock()      # guards what follows, `durable`, `appends`, `fd`
+        self._commit = threading.Lock()      # guards what follows, `durable` and `fd`
         self._leading = False                # somebody syncs for those who wait
         self._followers: List[Tuple[int, Callable[[Optional[LogFailed]], None]]] = []
         self._retired: List[int] = []        # replaced descriptors, not yet closed
@@ -2026,7 +2026,8 @@ class Queue:
             with contextlib.suppress(CompactionFailed):
                 self.compact()
         self.bookmark(clean=True)
-        self.log.close()
+        with self.lock:                      # so that nothing is written to what is closed
+            self.log.close()
 
     def now_ms(self) -> int:
         """The queue's time: the wall clock at start, advanced by the monotonic clock."""
@@ -2067,8 +2068,9 @@ class Queue:
             self._staging.add(self)
 
     def _write_settled_locked(self) -> None:
-        for subscriber in list(self._settled):
-            self._note_settled_locked(subscriber, self._settled[subscriber])
+        for subscriber, ids in list(self._settled.items()):
+            self._note_settled_locked(subscriber, ids)
+            self.out_total += len(ids)
             del self._settled[subscriber]
 
     # -- putting
@@ -2364,7 +2366,6 @@ class Queue:
         ids = self._out_locked(subscriber, ids)
         self._settled.setdefault(subscriber, []).extend(ids)
         self._stage_locked()
-        self.out_total += len(ids)
 
     def _note_settled_locked(self, subscriber: str, ids: Iterable[int]) -> None:
         now_ms = self.now_ms()
