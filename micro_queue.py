@@ -3286,7 +3286,7 @@ def parse_framing(fields: Mapping[bytes, bytes], old: bool) -> Tuple[int, bool]:
             raise malformed("The only transfer coding known here is chunked", 501)
         return 0, True
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
-        raise malformed("Content-Length must be one number")
+        raise malformed("Content-Length must be one number of at most 18 digits")
     return int(length or 0), False
 
 
@@ -4454,7 +4454,9 @@ class Server(http.server.ThreadingHTTPServer):
                              Handler)  # type: ignore[arg-type]
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"settings.listen_port: cannot listen on {settings.listen_address} "
+            key = "listen_port" if isinstance(error, PermissionError) or getattr(
+                error, "errno", 0) == errno.EADDRINUSE else "listen_address"
+            raise ConfigError(f"settings.{key}: cannot listen on {settings.listen_address} "
                               f"port {settings.listen_port}: {reason}") from None
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # is inherited
