@@ -484,8 +484,8 @@ def start_with_threads(part: "Part", folder: str, path: str, count: int,
 def run_without_threads(scene: Scene) -> None:
     """Slow clients hold all threads there are; the others wait, and are answered."""
     server = scene.server
+    limit_threads(server, "1")               # before the first put, which starts a thread to sync
     scene.put_some(5)
-    limit_threads(server, "1")
     with connected(server, SLOW_CLIENTS) as slow, contextlib.ExitStack() as stack:
         for wire in slow:
             wire.send(HALF_A_PUT)
