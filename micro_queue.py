@@ -3214,6 +3214,8 @@ def check_head(data: bytes, start: int = 0, checked: int = 0) -> None:
     is_long = data.find(b"\r\n", start, line_limit) < 0
     limit = line_limit if is_long else head_limit
     seen = min(limit, len(data) if end < 0 else end + 4)
+    if data.startswith(b"\n", start):        # whatever stood before it was another request's
+        check_line_ends(b"\n", 0, 1)
     check_line_ends(data, max(start, checked - 1), seen)
     if is_long and seen == limit:
         raise malformed(f"The request line is longer than {REQUEST_LINE_BYTES} bytes", 414)

@@ -3634,6 +3634,11 @@ class FramingTest(ServerTest):
                     + (b"1;" + b"a" * 100 + b"\r\nx\r\n") * 80 + b"0\r\n\r\n", 200)], goes_on=True)
         self.assertEqual(payloads(self.queue), [b"x" * 80])
 
+    def test_a_line_feed_behind_a_body_stands_alone_whatever_the_body_ends_in(self):
+        for one_by_one in (False, True):
+            wire = self.wire().send(request("PUT", "/in/fetcher", b"1234\r") + b"\n", one_by_one)
+            self.assertEqual([wire.answer().status for _ in range(2)], [405, 400])
+
     def test_old_clients_are_closed_unless_they_ask(self):
         wire = self.wire().send(b"GET /healthz HTTP/1.0\r\n\r\n")
         self.assertEqual(wire.answer()[1]["Connection"], "close")
