@@ -1938,7 +1938,7 @@ class Queue:
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
         self._epoch_ms = 0                   # the queue's time when the monotonic clock was 0
-        self.unlogged = 0                   # notes that a full disk kept out of the log
+        self.unlogged = 0                    # notes that a full disk kept out of the log
         self._closed = False
         self._limited = config.max_messages is not None or config.max_bytes is not None
         self._turn = Turn(self)
