@@ -3334,7 +3334,7 @@ def start_of_head(status: int, now_s: int) -> bytes:
 
 class Answer(NamedTuple):
     """What to send. `taken` is settled once it left, and put back if it could not; `held` is
-    what another answer counts in the budget until then."""
+    what counts in the budget until then, besides what the queue counts for `taken`."""
 
     status: int = 200
     body: bytes = b""
