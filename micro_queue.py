@@ -15,40 +15,41 @@ What it does not guarantee
     Exactly-once delivery: a kill between an answer and its note in the log, or a power cut
     soon after it, delivers that message again. Without a lease, sent is not received.
 
-Storage: `<path>/<queue>/data.log` is the truth, `meta.json` only a bookmark into it.
+Storage, in `<path>/<queue>/`: messages in segments, `data.log`, `data.1.log`, ..., each written
+once; progress in marks, `meta.json`. Space comes back by deleting a segment that nobody needs.
 
-    log     = header record*
-    header  = magic version log_id marker next_id crc32
-    record  = marker type count id time delay length crc32 payload     (big-endian, see HEAD)
-    message    id, time, delay                payload: the message
-    settled    id: first of a run of ids      payload: last id, subscriber
-    retry      id, count, delay               payload: subscriber
-    position   id: settled below, waiting     payload: subscriber   (2^64-1: it left)
-               from it on
+    segment = header start message*           (big-endian, see HEADER and HEAD)
+    header  = magic version log_id number marker crc32
+    start   = next id, and how many messages and bytes were put before this segment
+    message = marker crc32 type id time delay length payload
+    marks   = snapshot page* mark*            (JSON arrays, one a line, each with its crc32)
+    mark    = s, settled: a run of ids, of a subscriber
+            | r, retry: a run of ids that came back, their count, when they are due
+            | p, position: settled below an id, waiting from it on
 
-    A record's crc starts from `log_id` and the record's own offset, so that no payload, copy
-    or stale tail is ever taken for a record. A reader skips what is damaged up to the next
-    valid record; damage with nothing valid behind it is a torn tail and is cut off.
+    An offset is number << 32 | position, and true for ever. A record's crc starts from `log_id`,
+    the number and the position, so that no payload, copy or stale tail is ever taken for a
+    record. A reader skips what is damaged up to the next valid record; damage at the end of the
+    last segment with nothing valid behind it is a torn tail and is cut off.
 
-Every change of state goes one way: validate, append, apply to memory, let go of the lock,
-wait until durable, answer. Recovery applies the same records through the same function.
+Every change of state goes one way: validate, append a message or a mark, apply it to memory, let
+go of the lock, wait until durable, answer. Recovery applies the same through the same functions.
 
 Serving: one thread polls all connections and serves them in rounds, without waiting for
 anything. At the end of a round each queue writes what it was told, and each connection gets its
 answers. An answer that is late is handed to that thread by whoever has it.
 
-Lock order: Queue._maintenance, Queue.lock, then Log._one_sync, Log._commit, Budget._lock,
-Broker._timing; Syncers._lock stands alone. Never two queues' locks at once, and no lock that a
-take needs is held while a disk syncs, but for the last step of a compaction.
+Lock order: Log._one_sync, Queue.lock, Log._commit, then Budget._lock, Broker._timing;
+Syncers._lock and Broker._jobs_lock stand alone. Never two queues' locks at once, and no lock that
+a take needs is held while a disk syncs.
 
-Contents: Constants and errors, Config, Records, Log, Subscription, Queue, Broker, Metrics,
-HTTP messages, Actions, Connection, Server, main.
+Contents: Constants and errors, Config, Records, Log, State, Queue, Broker, Metrics, HTTP messages,
+Actions, Connection, Server, main.
 """
 from __future__ import annotations
 
 import argparse
 import base64
-import bisect
 import collections
 import contextlib
 import dataclasses
@@ -76,9 +77,9 @@ import sys
 import threading
 import time
 import zlib
-from typing import (Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar,
-                    Union)
+from typing import (Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type,
+                    TypeVar, Union)
 
 if __name__ == "__main__":
     # http.server imports http.client, and that ssl, if there is one: 1.2 MiB that serve nobody.
@@ -91,21 +92,30 @@ __version__ = "2.0.0"
 # Sizes with their reason, and the errors that cross section borders.
 
 KIB, MIB = 1 << 10, 1 << 20
+NEVER = 1 << 62                  # a time (ms) that does not come, an id that is not given
 LOG_CHUNK_BYTES = 256 * KIB      # one read of a scan: large enough that reads cost nothing
-RECENT_MESSAGES = 1024           # of which it is known where they stand: 40 bytes each
 AHEAD_BYTES = 16 * KIB           # what a subscription reads ahead: small, for each has its own
 REWRITE_BYTES = MIB              # recovery rewrites the tail in pieces that fit any memory
+BLOCK_BYTES = 4 * KIB            # what a disk that cannot read loses at least
 ID_GAP = 1 << 24                 # more ids than could be lost unseen between two starts
-LEFT = (1 << 64) - 1             # position of a subscriber that is no more
-BOOKMARK_BYTES = 4 * MIB         # recovery scans about this much after a kill
-BOOKMARK_GROWTH = 8              # a bookmark may cost an eighth of what the log grew
-COMPACT_DEAD_BYTES = 16 * MIB    # below this, dead bytes are not worth a rewrite
-COMPACT_DEAD_LOW_BYTES = 64 * KIB            # the same while the disk is nearly full
-COMPACT_LOCKED_BYTES = 256 * KIB # the rest that compaction copies while it holds the lock
-COMPACT_SLICE_S = 0.001          # a busy thread starves all others: work this long, then sleep
-COMPACT_SYNC_BYTES = MIB         # more at once would keep the disk from those who put
-COMPACT_SLEEP_S = 0.002
-COMPACT_RETRY_S = 60             # after a failed compaction
+SEGMENT_BYTES = 16 * MIB         # a segment is sealed at this size, or at a 32nd of what is held
+SEGMENT_MOST_BYTES = 1 << 30
+SEGMENTS_MOST = 200              # each is a descriptor: with more, nearly full ones are cleaned
+READY_BYTES = 4 * KIB            # a larger segment has the next one ready: a full disk has none
+ROOM_BYTES, ROOM_LEAST_BYTES = MIB, 64 * KIB     # that a file reaches beyond its tail
+PAGE_SHIFT = 10                  # entries stand in pages of 1,024 ids
+BUCKET_SHIFT = 10                # deadlines in buckets of 1,024 ms
+MARKS_BYTES = 4 * MIB            # of marks that a start reads without a new snapshot
+SNAPSHOT_DATA_BYTES = 16 * MIB   # of data, likewise
+SNAPSHOT_WORK_S, SNAPSHOT_REST_S = 0.0001, 0.0005    # a thread that never rests starves others
+DEAD_BYTES = 16 * MIB            # that the files may hold besides twice what is held
+DEAD_LOW_BYTES = 64 * KIB        # the same while the disk is nearly full
+SLICE_BYTES, SLICE_MESSAGES = 32 * KIB, 256      # that a cleaning copies in one hold of the lock
+GLANCES = 64                     # heads that are looked at for the time of the oldest message
+PASSED_OVER = 1 << 16            # entries that a compaction makes for a subscriber
+TRUNCATE_BYTES = 2 * MIB         # of a file at a time: more would keep the disk from others
+FREE_REST_S, FREE_WORK_REST_S = 0.05, 0.002
+DELAYED_LINES = 100_000          # times subscribers: a delayed message is an entry of each
 MAX_MESSAGE_BYTES = 256 * MIB    # highest `max_message_bytes`: a message is held in memory
 REQUEST_LINE_BYTES = 8 * KIB
 REQUEST_HEAD_BYTES = 32 * KIB
@@ -160,7 +170,7 @@ class LogFailed(Exception):
 
 
 class CompactionFailed(Exception):
-    """A compaction was given up; the old log is in use and whole."""
+    """A compaction was given up; what it freed stays freed, the rest is as it was."""
 
 
 class ApiError(Exception):
@@ -432,26 +442,32 @@ def _check_tokens(config: Config) -> None:
 
 
 # ---- Records ------------------------------------------------------------------------------
-# Bytes to records and back. Knows no files: an offset is a number that goes into the crc.
+# Bytes to records, lines to marks, and back. Knows no files: an offset is a number that goes
+# into a crc.
 
-MESSAGE, SETTLED, RETRY, POSITION = 1, 2, 3, 4
+U64 = struct.Struct(">Q")
+MESSAGE, START = 1, 2
 MAGIC = b"\x89mqlog\r\n"         # the first byte is not zero: a Go server's log starts with one
-FORMAT_VERSION = 1
-HEADER = struct.Struct(">8sI16s4sQI")        # magic, version, log_id, marker, next id, crc32
-HEAD = struct.Struct(">4sBIQQIII")           # marker, type, count, id, time, delay, length, crc32
-UNSEALED = struct.Struct(">4sBIQQII")        # HEAD without its crc32
-U32, U64 = struct.Struct(">I"), struct.Struct(">Q")
+FORMAT_VERSION = 2
+HEADER = struct.Struct(">8sI16sI4sI")        # magic, version, log_id, number, marker, crc32
+HEAD = struct.Struct(">4sIBQQII")            # marker, crc32, type, id, time, delay, length
+CHECKED = struct.Struct(">BQQII")            # of HEAD, what the crc is of, with the payload
+FIRST = HEADER.size              # where a segment's first record stands
+START_PAYLOAD = struct.Struct(">QQ")
+SEGMENT_SHIFT = 32               # offset = number << 32 | position
+POSITION_MASK = (1 << SEGMENT_SHIFT) - 1
+ENTRY = struct.Struct(">QQQII")  # id, offset, due (ms, 0: at once), size, count of deliveries
 
 
-class Record(NamedTuple):
-    """One entry of a log. `time_ms` is the queue's clock, `delay_ms` counts from it."""
+class Message(NamedTuple):
+    """A message, and where its record stands. `time_ms` is the queue's clock when it was put."""
 
-    type: int
     id: int
     time_ms: int
+    delay_ms: int                            # from then on
     payload: bytes
-    deliveries: int = 0
-    delay_ms: int = 0
+    offset: int
+    size: int
 
     @property
     def due_ms(self) -> int:
@@ -459,64 +475,83 @@ class Record(NamedTuple):
         return self.time_ms + self.delay_ms if self.delay_ms else 0
 
 
-Placed = Tuple[int, int, Record]             # a record with its offset and end
+Unplaced = Tuple[int, int, int, bytes]       # id, time_ms, delay_ms, payload
 
 
-def settled(first: int, last: int, subscriber: str, now_ms: int) -> Record:
-    return Record(SETTLED, first, now_ms, U64.pack(last) + subscriber.encode())
+class Start(NamedTuple):
+    """The first record of a segment: the next id, and how many messages without a delay were put
+    before it, and their bytes. So nobody has to read a segment to count."""
+
+    next_id: int = 1
+    puts: int = 0
+    put_bytes: int = 0
 
 
-def retry(message_id: int, count: int, due_ms: int, subscriber: str, now_ms: int) -> Record:
-    return Record(RETRY, message_id, now_ms, subscriber.encode(), count, max(0, due_ms - now_ms))
-
-
-def position(message_id: int, subscriber: str, now_ms: int) -> Record:
-    return Record(POSITION, message_id, now_ms, subscriber.encode())
+UNKNOWN = Start(0, -1, -1)       # of a segment whose first record is damaged
 
 
 class Codec:
     """Encodes and decodes the records of one log, told apart by `log_id` and `marker`."""
 
-    def __init__(self, log_id: bytes, marker: bytes, next_id: int) -> None:
-        self.log_id, self.marker, self.next_id = log_id, marker, next_id
-        self._seed = zlib.crc32(log_id)
+    def __init__(self, log_id: bytes, marker: bytes) -> None:
+        self.log_id, self.marker = log_id, marker
 
     @classmethod
-    def new(cls, next_id: int) -> Codec:
+    def new(cls) -> Codec:
         marker = b"\0" * 4
         while 0 in marker:       # so that no run of zeros is ever part of a record's start
             marker = secrets.token_bytes(4)
-        return cls(secrets.token_bytes(16), marker, next_id)
+        return cls(secrets.token_bytes(16), marker)
 
-    def header(self) -> bytes:
-        head = HEADER.pack(MAGIC, FORMAT_VERSION, self.log_id, self.marker, self.next_id, 0)
-        return head[:-U32.size] + U32.pack(zlib.crc32(head[:-U32.size]))
+    def seed(self, number: int) -> int:
+        """Return what a record's crc starts from, but for its position: a record is one only in
+        its log, its segment and its place."""
+        return zlib.crc32(self.log_id, number)
+
+    def header(self, number: int) -> bytes:
+        head = HEADER.pack(MAGIC, FORMAT_VERSION, self.log_id, number, self.marker, 0)[:-4]
+        return head + zlib.crc32(head).to_bytes(4, "big")
 
     @classmethod
-    def of_header(cls, data: bytes) -> Optional[Codec]:
-        """Return the codec of a valid header, None for anything else."""
+    def of_header(cls, data: bytes, number: int) -> Optional[Codec]:
+        """Return the codec of the valid header of a segment, None for anything else."""
         if len(data) < HEADER.size:
             return None
-        magic, version, log_id, marker, next_id, crc = HEADER.unpack_from(data)
-        good = crc == zlib.crc32(data[:HEADER.size - U32.size])
-        return cls(log_id, marker, next_id) if (
-            good and magic == MAGIC and version == FORMAT_VERSION) else None
+        magic, version, log_id, found, marker, crc = HEADER.unpack_from(data)
+        good = magic == MAGIC and version == FORMAT_VERSION and found == number
+        return cls(log_id, marker) if good and crc == zlib.crc32(data[:FIRST - 4]) else None
 
-    def encode(self, records: Iterable[Record],
-               offset: int) -> Tuple[bytes, List[Tuple[int, int]]]:
-        """Return the bytes of records as they stand from `offset` on, and only there; and the
-        (offset, size) of each."""
+    def encode(self, items: Iterable[Unplaced], offset: int,
+               kind: int = MESSAGE) -> Tuple[bytes, List[Message]]:
+        """Return the bytes of records as they stand from `offset` on, and only there; and what
+        they hold, with its place."""
         parts: List[bytes] = []
-        places: List[Tuple[int, int]] = []
-        marker, seed, crc32 = self.marker, self._seed, zlib.crc32
-        for type_, id_, time_ms, payload, count, delay_ms in records:
-            head = UNSEALED.pack(marker, type_, count, id_, time_ms, delay_ms, len(payload))
-            crc = crc32(payload, crc32(head, crc32(U64.pack(offset), seed)))
-            parts += (head, U32.pack(crc), payload)
-            size = HEAD.size + len(payload)
-            places.append((offset, size))
-            offset += size
-        return b"".join(parts), places
+        messages: List[Message] = []
+        marker, crc32, pack, head_size = self.marker, zlib.crc32, CHECKED.pack, HEAD.size
+        base, position = offset & ~POSITION_MASK, offset & POSITION_MASK
+        seed = self.seed(offset >> SEGMENT_SHIFT)
+        for id_, time_ms, delay_ms, payload in items:
+            checked = pack(kind, id_, time_ms, delay_ms, len(payload))
+            crc = crc32(payload, crc32(checked, seed ^ position))
+            parts += (marker, crc.to_bytes(4, "big"), checked, payload)
+            size = head_size + len(payload)
+            messages.append(Message(id_, time_ms, delay_ms, payload, base | position, size))
+            position += size
+        return b"".join(parts), messages
+
+    def encode_start(self, start: Start, number: int, time_ms: int) -> bytes:
+        payload = START_PAYLOAD.pack(start.puts, start.put_bytes)
+        return self.encode([(start.next_id, time_ms, 0, payload)],
+                           number << SEGMENT_SHIFT | FIRST, START)[0]
+
+    def decode_start(self, data: bytes, number: int) -> Optional[Tuple[Start, int]]:
+        """Return the start record that `data`, which stands at FIRST, begins with, and its time."""
+        data = data[:HEAD.size + START_PAYLOAD.size]
+        found: List[Message] = []
+        self.decode(data, number << SEGMENT_SHIFT | FIRST, found, START)
+        if not found or len(found[0].payload) != START_PAYLOAD.size:
+            return None
+        return Start(found[0].id, *START_PAYLOAD.unpack(found[0].payload)), found[0].time_ms
 
     def size_of(self, data: bytes) -> int:
         """Return the size of the record that seems to start `data`, 0 if none does."""
@@ -525,32 +560,125 @@ class Codec:
         length: int = HEAD.unpack_from(data)[6]
         return HEAD.size + length if length <= MAX_MESSAGE_BYTES else 0
 
-    def records(self, data: bytes, at: int, offset: int) -> Iterator[Placed]:
-        """Yield the whole and valid records in `data` from `at` on, which stands at `offset` in
-        the log, up to the first that is neither."""
-        marker, seed, crc32, unpack_from = self.marker, self._seed, zlib.crc32, HEAD.unpack_from
-        size, last = HEAD.size, len(data) - HEAD.size
+    def decode(self, data: bytes, offset: int, messages: List[Message],
+               wanted: int = MESSAGE) -> int:
+        """Append the messages of the whole and valid records that `data`, which stands at
+        `offset`, begins with; return where these records end."""
+        marker, crc32, unpack_from, size = self.marker, zlib.crc32, HEAD.unpack_from, HEAD.size
+        new = tuple.__new__                  # Message(...) takes a sixth longer in all
+        position, seed = offset & POSITION_MASK, self.seed(offset >> SEGMENT_SHIFT)
+        at, last = 0, len(data) - size
         while at <= last:
-            found, type_, count, id_, time_ms, delay_ms, length, crc = unpack_from(data, at)
+            found, crc, kind, id_, time_ms, delay_ms, length = unpack_from(data, at)
             body = at + size
             after = body + length
-            if found != marker or length > MAX_MESSAGE_BYTES or after > len(data):
-                return
+            if found != marker or after > len(data):
+                break
             payload = data[body:after]
-            start = crc32(data[at:body - U32.size], crc32(U64.pack(offset), seed))
-            if crc32(payload, start) != crc:
-                return
-            end = offset + size + length
-            yield offset, end, Record(type_, id_, time_ms, payload, count, delay_ms)
-            at, offset = after, end
+            if crc32(payload, crc32(data[at + 8:body], seed ^ (position + at))) != crc:
+                break
+            if kind == wanted:
+                messages.append(new(Message, (id_, time_ms, delay_ms, payload, offset + at,
+                                              size + length)))
+            at = after
+        return offset + at
+
+
+class Mark(NamedTuple):
+    """A line of the marks: what became of the messages from `first` to `last`.
+
+    settled   they are done
+    retry     they came back from so many deliveries, to wait until `due_ms`
+    position  all below `first` is settled, what is put from it on waits
+    """
+
+    kind: bytes
+    subscriber: str
+    first: int
+    last: int
+    tail: int                                # of the data when this was so
+    deliveries: int = 0
+    due_ms: int = 0
+
+
+SETTLED, RETRY, POSITION = b"s", b"r", b"p"
+MARK = re.compile(rb'\["([srp])",([0-9]+),([0-9]+),([0-9]+),(?:([0-9]+),([0-9]+),)?(".*")')
+
+
+@functools.lru_cache(maxsize=1024)
+def _quoted(name: str) -> bytes:
+    return json.dumps(name).encode()
+
+
+class Marks:
+    """Encodes and decodes the lines of one log's marks. Each is a JSON array that ends with the
+    crc32 of what stands before it."""
+
+    def __init__(self, log_id: bytes) -> None:
+        self._seed = zlib.crc32(log_id)
+        self._names: Dict[bytes, str] = {}   # by their JSON: a line is made and read quickly
+
+    def line(self, text: bytes) -> bytes:
+        """Return a line of an array that lacks its crc and its end."""
+        return b"%b,%d]\n" % (text, zlib.crc32(text, self._seed))
+
+    def check(self, line: bytes) -> Optional[bytes]:
+        """Return the text of a line, None if it is damaged."""
+        text, _, crc = line.rpartition(b",")
+        return text if crc == b"%d]\n" % zlib.crc32(text, self._seed) else None
+
+    def encode(self, mark: Mark) -> bytes:
+        kind, subscriber, first, last, tail, deliveries, due_ms = mark
+        name = _quoted(subscriber)
+        more = b"%d,%d," % (deliveries, due_ms) if kind == RETRY else b""
+        return self.line(b'["%b",%d,%d,%d,%b%b' % (kind, first, last, tail, more, name))
+
+    def decode(self, line: bytes) -> Optional[Mark]:
+        text = self.check(line)
+        match = MARK.fullmatch(text) if text is not None else None
+        if match is None:
+            return None
+        kind, first, last, tail, count, due_ms, quoted = match.groups()
+        name = self._names.get(quoted)
+        if name is None:
+            name = self._names[quoted] = json.loads(quoted)
+        return Mark(kind, name, int(first), int(last), int(tail), int(count or 0),
+                    int(due_ms or 0))
+
+    def head(self, value: Mapping[str, Any]) -> bytes:
+        return self.line(b'["snapshot",%b' % json.dumps(value).encode())
+
+    def decode_head(self, line: bytes) -> Optional[Dict[str, Any]]:
+        text = self.check(line)
+        if text is None or not text.startswith(b'["snapshot",'):
+            return None
+        value: Dict[str, Any] = json.loads(text[len(b'["snapshot",'):])
+        return value
+
+    def page(self, page: Mapping[int, bytes]) -> bytes:
+        """Return the line of a page of entries."""
+        return self.line(b'["entries","%b"' % base64.b64encode(b"".join(page.values())))
+
+    def decode_page(self, line: bytes) -> Optional[Dict[int, bytes]]:
+        text = self.check(line)
+        if text is None or not text.startswith(b'["entries","'):
+            return None
+        packed, step = base64.b64decode(text[len(b'["entries","'):-1]), ENTRY.size
+        entries = [packed[at:at + step] for at in range(0, len(packed), step)]
+        return dict(zip([fields[0] for fields in ENTRY.iter_unpack(packed)], entries))
 
 
 # ---- Log ----------------------------------------------------------------------------------
-# One file: lock, recover, append, wait until durable, replace. Knows nothing of queues.
-# All that touches the disk goes through one small object, so that a test can be the disk.
+# The segments and the marks of one queue: lock, recover, append, sync, rotate, free. Knows
+# nothing of queues. All that touches the disk goes through one small object, so that a test can
+# be the disk.
 
-LOG_NAME, META_NAME, TEMPORARY = "data.log", "meta.json", ".tmp"
+LOG_NAME, META_NAME = "data.log", "meta.json"
+SEGMENT_NAME = re.compile(r"data\.([1-9][0-9]{0,8})\.log")
+TEMPORARY = re.compile(r"(?:data(?:\.[0-9]+)?\.log|meta\.json)\.[0-9a-f]{16}\.tmp")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM_KINDS = ("ext4", "xfs", "btrfs")        # elsewhere glibc may write zeros instead
+Steps = Generator[float, None, T]            # yields how long (s) to rest before the next step
 _open_files: Set[Tuple[int, int]] = set()    # (device, inode): closing a second descriptor of
 _open_files_lock = threading.Lock()          # a file would drop the first one's lock
 
@@ -567,6 +695,7 @@ class Storage:
     rename = staticmethod(os.rename)
     link = staticmethod(os.link)
     truncate = staticmethod(os.ftruncate)
+    allocate = staticmethod(os.posix_fallocate)
     unlink = staticmethod(os.unlink)
     mkdir = staticmethod(os.mkdir)
 
@@ -589,31 +718,49 @@ class Storage:
         self.fsync_folder(parent)
 
     def write_all(self, fd: int, data: bytes, offset: int) -> None:
-        """Write all of `data`. Raises OSError(ENOSPC) for a short write."""
-        if self.pwrite(fd, data, offset) != len(data):
-            raise OSError(errno.ENOSPC, "short write")
+        """Write all of `data`; goes on after a short write, which any disk makes beyond 2 GiB."""
+        size = self.pwrite(fd, data, offset)
+        while size < len(data):
+            more = self.pwrite(fd, data[size:], offset + size)
+            if more <= 0:
+                raise OSError(errno.ENOSPC, "short write")
+            size += more
 
-    def write_file(self, path: str, data: bytes) -> None:
-        """Write a file under its temporary name, sync it, rename it; durable on return."""
-        fd = self.open(path + TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            self.write_all(fd, data, 0)
-            self.fsync(fd)
-        finally:
-            self.close(fd)
-        self.rename(path + TEMPORARY, path)
-        self.fsync_folder(os.path.dirname(path))
+
+class DiskFull(Exception):
+    """There is no space for an append; the log is as it was before."""
+
+
+class Segment:
+    """A file of records. Written while it is the log's current one, and never again."""
+
+    def __init__(self, number: int, fd: int) -> None:
+        self.number, self.fd = number, fd
+        self.end = FIRST                     # position behind its last record
+        self.room = 0                        # the file's size
+        self.start: Optional[Start] = None   # None: ready to be used, or emptied
+        self.users = 0                       # who needs `fd` without the owner's lock
+        self.is_gone = False                 # no longer of the log; its last user closes it
+        self.is_unreadable = False           # in part: to be kept for whoever can read it
+
+    @property
+    def base(self) -> int:
+        return self.number << SEGMENT_SHIFT
+
+    @property
+    def name(self) -> str:
+        return f"data.{self.number}.log" if self.number else LOG_NAME
 
 
 class Log:
-    """An append-only file of records, locked for as long as it is open.
+    """The segments and marks of one queue, locked for as long as they are open.
 
     Its owner calls all but what stands under "durability" under a lock of its own (the owner's
     lock below). Invariants:
-    1. `tail` is the end of the last whole record; nothing is ever written below it.
+    1. `tail` is the offset behind the last record. Nothing is ever written below it, nor into
+       any segment but `current`: what is not current is never written again.
     2. `appends` and `durable` count appends and only grow; `durable <= appends`.
-    3. `fd` changes only under both the owner's lock and `_commit`; a replaced descriptor is
-       closed by `close_replaced` once no sync may still use it.
+    3. Only what `_one_sync` is held for syncs a file; a descriptor is closed by its last user.
     4. Once `failure` is set nothing is written, synced or answered any more.
     """
 
@@ -622,25 +769,34 @@ class Log:
         self.folder, self.path = folder, os.path.join(folder, LOG_NAME)
         self.storage = storage or Storage()
         self.fsync = fsync
-        self.codec = Codec(bytes(16), bytes(4), 1)       # until `load`
-        self.fd = -1
-        self.tail = HEADER.size
+        self.codec, self.marks = Codec(bytes(16), bytes(4)), Marks(bytes(16))    # until `load`
+        self.segments: Dict[int, Segment] = {}           # by number, in their order
+        self.current = Segment(0, -1)
+        self.ready: Optional[Segment] = None             # the next one
+        self._unused: List[Segment] = []     # that a start found, and is to remove at its end
+        self.highest = 0                     # number that any name, mark or segment ever had
+        self._is_recovering = True           # a torn tail may be cut off
         self.appends = 0
         self.durable = 0
         self.failure: Optional[LogFailed] = None
-        self.damaged: Set[int] = set()       # offsets in this log that were reported
+        self.damaged: Set[int] = set()       # offsets that were reported
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
-        self._one_sync = threading.Lock()    # held while a descriptor syncs; before `_commit`
-        self._commit = threading.Lock()      # guards what follows, `durable` and `fd`
+        self.marks_fd, self.marks_tail = -1, 0
+        self._marks_synced = 0
+        self.snapshot_bytes = 0              # how much of the marks is the snapshot
+        self._folder_fd = -1                 # after a rename that no sync of the folder followed
+        self._has_room = False               # whether files get room ahead of their tail
+        self._one_sync = threading.Lock()    # held while files sync; before `_commit`
+        self._commit = threading.Lock()      # guards what follows, `durable` and users
+        self._dirty: Dict[int, Segment] = {}
         self._leading = False                # somebody syncs for those who wait
-        self._followers: List[Tuple[int, Callable[[Optional[LogFailed]], None]]] = []
-        self._retired: List[int] = []        # replaced descriptors, not yet closed
+        self._followers: List[Tuple[int, bool, Callable[[Optional[LogFailed]], None]]] = []
 
     # -- opening
 
     def lock(self) -> None:
-        """Create an empty file if there is none, and lock it for the life of this object.
+        """Create an empty log if there is none, and lock it for the life of this object.
 
         Raises StorageError at once if another process, or this one, holds it.
         """
@@ -648,28 +804,38 @@ class Log:
         if os.stat(self.folder).st_uid != os.geteuid():
             raise StorageError(f"{self.folder} belongs to another user; run as that user or "
                                f"change its owner")
-        while self.fd < 0:
+        while self.current.fd < 0:
             fd = self._open_once()
             try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._close(fd)
-                raise self._in_use() from None
-            if self._is_path(fd):
-                self.fd = fd
+                self.lock_file(fd)
+            except StorageError:
+                self.close_first(fd)
+                raise
+            if self._leads_to(self.path, fd):
+                self.current = self.segments[0] = Segment(0, fd)
             else:                            # replaced between open and lock
-                self._close(fd)
+                self.close_first(fd)
 
     def _open_once(self) -> int:
         with _open_files_lock:
-            with contextlib.suppress(FileNotFoundError):
+            flags = os.O_RDWR
+            try:
                 if _identity(os.stat(self.path)) in _open_files:
                     raise self._in_use()
-            fd = self.storage.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:
+                others = [name for name in os.listdir(self.folder)
+                          if SEGMENT_NAME.fullmatch(name) or name == META_NAME]
+                if others:
+                    raise StorageError(f"{self.path} is missing, but {others[0]} is there; nothing "
+                                       "was touched: restore all files of a backup, or move "
+                                       f"{self.folder} away") from None
+                flags |= os.O_CREAT
+            fd = self.storage.open(self.path, flags, 0o600)
             _open_files.add(_identity(os.fstat(fd)))
             return fd
 
-    def _close(self, fd: int) -> None:
+    def close_first(self, fd: int) -> None:
+        """Close a descriptor of `data.log`, and let go of its lock."""
         with _open_files_lock:
             _open_files.discard(_identity(os.fstat(fd)))
             self.storage.close(fd)
@@ -677,241 +843,788 @@ class Log:
     def _in_use(self) -> StorageError:
         return StorageError(f"{self.folder} is in use by another micro_queue; stop it first")
 
-    def _is_path(self, fd: int) -> bool:
+    def lock_file(self, fd: int) -> None:
+        """Lock a file for the life of its descriptor. Raises StorageError."""
         try:
-            return _identity(os.stat(self.path)) == _identity(os.fstat(fd))
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise self._in_use() from None
+
+    def prove_lock(self) -> None:
+        """Make sure that the lock is still ours, or end: another node may have taken over."""
+        try:
+            fcntl.lockf(self.segments[0].fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._fail("keep the lock of", error)
+
+    def _leads_to(self, path: str, fd: int) -> bool:
+        try:
+            return _identity(os.stat(path)) == _identity(os.fstat(fd))
         except OSError:
             return False
 
-    def load(self) -> bool:
-        """Read the header; make a new log of an empty file, all zeros or the Go server's.
+    def file(self, name: str) -> str:
+        return os.path.join(self.folder, name)
 
-        Returns whether the log is new. Raises StorageError for anything else.
-        """
-        for name in (LOG_NAME, META_NAME):
-            with contextlib.suppress(FileNotFoundError):
-                self.storage.unlink(os.path.join(self.folder, name + TEMPORARY))
-        start = self.read_bytes(0, HEADER.size)
-        codec = Codec.of_header(start)
-        if codec is not None:
-            self.codec = codec
-            return False
-        if self._is_zeros(0, self._size()):
-            self._start_new(iter(()))
-        elif start[0] == 0 and start[1:len(MAGIC)] != MAGIC[1:]:
-            self._take_over()
+    def load(self) -> bool:
+        """Open and lock every file; make a new log of an empty file, or of the Go server's.
+        Return whether the log is new. Raises StorageError for what is not ours, untouched."""
+        names = os.listdir(self.folder)
+        self._has_room = filesystem_of(self.folder)[1] in ROOM_KINDS
+        is_legacy = LegacyLog.is_under_way(self.folder)
+        numbers = sorted(int(match[1]) for match in map(SEGMENT_NAME.fullmatch, names) if match)
+        if not is_legacy:
+            for number in numbers:
+                fd = self.storage.open(self.file(f"data.{number}.log"), os.O_RDWR)
+                self.segments[number] = Segment(number, fd)
+                self.lock_file(fd)
+        self.highest = max([0, *numbers])
+        head = self._open_marks()
+        codec = self._find_codec(head)
+        first = self.read_raw(self.segments[0], FIRST, 0)
+        is_new = False
+        if codec is None or is_legacy:
+            is_new = self._begin(first, numbers if is_legacy else [], is_legacy)
         else:
+            self._use(codec)
+        for name in filter(TEMPORARY.fullmatch, names):
+            self.storage.unlink(self.file(name))
+        self.current = list(self.segments.values())[-1]
+        for segment in self.segments.values():
+            self._measure(segment)
+        self._unused = [s for s in self.segments.values() if s.number and not s.start]
+        for segment in self._unused:         # no message was put before them, nor behind them
+            del self.segments[segment.number]
+        self.current = list(self.segments.values())[-1]
+        return is_new
+
+    def _use(self, codec: Codec) -> None:
+        self.codec, self.marks = codec, Marks(codec.log_id)
+
+    def _find_codec(self, head: Optional[Mapping[str, Any]]) -> Optional[Codec]:
+        """Return what any header, or the marks, tells the log's records by."""
+        found = {number: Codec.of_header(self.read_raw(segment, FIRST, 0), number)
+                 for number, segment in self.segments.items()}
+        codecs = [codec for codec in found.values() if codec]
+        if head is not None:
+            codecs.append(Codec(bytes.fromhex(head["log_id"]), bytes.fromhex(head["marker"])))
+        for number, codec in found.items():
+            if codec and codec.log_id != codecs[0].log_id:
+                raise StorageError(f"{self.file(self.segments[number].name)} belongs to another "
+                                   "queue or backup; nothing was touched: move it away")
+        return codecs[0] if codecs else None
+
+    def _begin(self, first: bytes, numbers: Sequence[int], is_under_way: bool) -> bool:
+        """Make a new log of a file that is not one of this version's."""
+        segment = self.segments[0]
+        old = first.startswith(MAGIC) and first[len(MAGIC):][:4] == b"\0\0\0\1"
+        if old:
+            raise StorageError(f"{self.path} is of version 2.0, which this one does not read; it "
+                               "was left as it is: take what waits with 2.0, then move "
+                               f"{self.folder} away")
+        if len(self.segments) == 1 and self._is_zeros(segment, 0, os.fstat(segment.fd).st_size):
+            self._use(Codec.new())
+            self.storage.truncate(segment.fd, 0)
+            self.write_first(segment, Start())
+            return True
+        legacy = LegacyLog(self) if is_under_way or len(self.segments) == 1 else None
+        if legacy is None or not (is_under_way or legacy.is_proven()):
             raise StorageError(f"{self.path} is not a log that this version can read; it was "
                                "left as it is: restore it from a backup, or move it away")
+        for number in numbers:               # of a takeover that was cut short
+            self.storage.unlink(self.file(f"data.{number}.log"))
+        self._use(Codec.new())
+        legacy.take_over()
         return True
 
-    def _start_new(self, batches: Iterator[List[Record]]) -> None:
-        fresh = self.fresh(1)
-        for records in batches:
-            fresh.append(records)
-        self.replace_with(fresh)
-        self.close_replaced()
-
-    def _take_over(self) -> None:
-        """Rewrite the Go server's folder; both its files are kept as `.legacy`.
-
-        A crash between the steps is repeated without harm: until the rename at the end the
-        folder is the Go server's, and the links are found as they were made.
-        """
-        for name in (LOG_NAME, META_NAME):
-            old = os.path.join(self.folder, name)
-            if os.path.exists(old) and not _same_file(old, old + ".legacy"):
-                try:
-                    self.storage.link(old, old + ".legacy")
-                except FileExistsError:
-                    raise StorageError(f"{old}.legacy is in the way of taking over {old}; "
-                                       "move it elsewhere") from None
+    def write_first(self, segment: Segment, start: Optional[Start]) -> None:
+        """Write the header of a new file, and its first record, durably."""
+        data = self.codec.header(segment.number)
+        if start:
+            data += self.codec.encode_start(start, segment.number, 0)
+        self.storage.write_all(segment.fd, data, 0)
+        os.fchmod(segment.fd, 0o600)
+        self.storage.fdatasync(segment.fd)
         self.storage.fsync_folder(self.folder)
-        legacy = LegacyLog(self)
-        self._start_new(legacy.batches())
-        event(logging.WARNING, "took_over", folder=self.folder, messages=legacy.messages,
-              kept=LOG_NAME + ".legacy")
+        segment.start, segment.end, segment.room = start, len(data), len(data)
+
+    def _measure(self, segment: Segment) -> None:
+        """Find out what a segment begins with; how far it goes is told by reading it."""
+        first = self.read_raw(segment, FIRST + HEAD.size + START_PAYLOAD.size, 0)
+        segment.room = os.fstat(segment.fd).st_size
+        found = self.codec.decode_start(first[FIRST:], segment.number)
+        segment.start = found[0] if found else None
+        segment.end = max(FIRST, segment.room)
+        if Codec.of_header(first, segment.number) is None and (found or segment.number == 0):
+            self.set_aside(segment, 0, min(FIRST, segment.room))
+        if not found:
+            self._guess_start(segment)
+
+    def _guess_start(self, segment: Segment) -> None:
+        """A start record that is damaged is missed only if there are messages behind it."""
+        if segment.room > FIRST and not self._is_zeros(segment, FIRST, segment.room):
+            after = self._next_valid(segment, FIRST, segment.room)
+            if after < segment.room:
+                self.set_aside(segment, FIRST, after)
+                segment.start = UNKNOWN
+
+    def mend_start(self, segment: Segment, start: Start) -> None:
+        """Write again what a segment begins with: without it the next start would not know."""
+        segment.start = start
+        if not segment.is_unreadable:
+            data = self.codec.header(segment.number)
+            data += self.codec.encode_start(start, segment.number, 0)
+            self.storage.write_all(segment.fd, data, 0)
+            self.storage.fdatasync(segment.fd)
 
     # -- reading
 
-    def _size(self) -> int:
-        return os.fstat(self.fd).st_size
-
-    def read_bytes(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes, fewer only at the end of the file. Raises LogFailed."""
+    def read_raw(self, segment: Segment, size: int, position: int) -> bytes:
+        """Read up to `size` bytes, fewer only at the end of the file. What the disk cannot read
+        comes as zeros, which are no record: damage like any other. Raises LogFailed."""
+        try:
+            return self._read_all(segment.fd, size, position)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                self._fail("read", error)
+        self.prove_lock()
+        segment.is_unreadable = True
         data = b""
         while len(data) < size:
+            step = min(BLOCK_BYTES - (position + len(data)) % BLOCK_BYTES, size - len(data))
             try:
-                more = self.storage.pread(self.fd, size - len(data), offset + len(data))
-            except OSError as error:
-                self._fail("read", error)
-            if not more:
+                piece = self._read_all(segment.fd, step, position + len(data))
+            except OSError:
+                piece = bytes(min(step, max(0, segment.end - position - len(data))))
+            data += piece
+            if len(piece) < step:
                 break
-            data = data + more if data else more
         return data
 
-    def _is_zeros(self, start: int, end: int) -> bool:
-        return not any(self.read_bytes(at, min(LOG_CHUNK_BYTES, end - at)).strip(b"\0")
+    def _read_all(self, fd: int, size: int, position: int) -> bytes:
+        data = self.storage.pread(fd, size, position)
+        while len(data) < size:
+            more = self.storage.pread(fd, size - len(data), position + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def _is_zeros(self, segment: Segment, start: int, end: int) -> bool:
+        return not any(self.read_raw(segment, min(LOG_CHUNK_BYTES, end - at), at).strip(b"\0")
                        for at in range(start, end, LOG_CHUNK_BYTES))
 
-    def scan(self, start: int, end: int,
-             chunk: int = LOG_CHUNK_BYTES) -> Iterator[Tuple[int, int, Optional[Record]]]:
-        """Yield (offset, end, record) from `start` on; None instead of a record for damage.
+    def read(self, offset: int, end: Optional[int] = None,
+             size: int = AHEAD_BYTES) -> Tuple[List[Message], int]:
+        """Read once from `offset` on, below `end`: return the messages that were found, and
+        where to go on; there is no more if that is `offset`. Damage is set aside and skipped."""
+        end = self.tail if end is None else end
+        segment = self.segments.get(offset >> SEGMENT_SHIFT)
+        position = max(offset & POSITION_MASK, FIRST)
+        limit = segment.end if segment else 0
+        if segment is None or position >= limit:
+            following = self.after(offset >> SEGMENT_SHIFT)
+            return [], following if following is not None and following < end else offset
+        if segment.number == end >> SEGMENT_SHIFT:
+            limit = min(limit, end & POSITION_MASK)
+        if position >= limit or segment.base > end:
+            return [], offset
+        messages: List[Message] = []
+        start = segment.base | position
+        data = self.read_raw(segment, min(size, limit - position), position)
+        after = self.codec.decode(data, start, messages)
+        if after == start:
+            whole = self.codec.size_of(data)
+            if len(data) < whole <= limit - position:
+                data = self.read_raw(segment, whole, position)
+                after = self.codec.decode(data, start, messages)
+        if after == start:
+            after = segment.base | self._skip_damage(segment, position, limit)
+        return messages, after
 
-        Damage reaches to the next valid record, or to `end`.
-        """
-        offset, base, data = start, start, b""
-        while offset < end:
-            for place in self.codec.records(data, offset - base, offset):
-                yield place
-                offset = place[1]
-            if offset >= end:
-                return
-            have = len(data) if offset == base else 0    # already tried, and not enough
-            want = self.codec.size_of(data) if have else chunk
-            more = self.read_bytes(offset, min(want, end - offset)) if want > have else b""
-            if len(more) > have:
-                base, data = offset, more
+    def after(self, number: int) -> Optional[int]:
+        """Return where the segment behind one begins, None behind the current one."""
+        if number >= self.current.number:
+            return None
+        following = min([n for n in list(self.segments) if n > number])
+        return following << SEGMENT_SHIFT | FIRST
+
+    def message_at(self, offset: int, size: int) -> Optional[Message]:
+        """Return the message of the record at `offset`, None if none stands there any more."""
+        segment = self.segments.get(offset >> SEGMENT_SHIFT)
+        position = offset & POSITION_MASK
+        found: List[Message] = []
+        if segment is not None and position + size <= segment.end:
+            data = self.read_raw(segment, size, position)
+            self.codec.decode(data, offset, found)
+            if not found:
+                self.set_aside(segment, position, position + size)
+        return found[0] if found else None
+
+    def glance(self, offset: int) -> Optional[Message]:
+        """Return the first message at or behind `offset`, without payload and unchecked: for who
+        only wants to know its time."""
+        segment = self.segments.get(offset >> SEGMENT_SHIFT)
+        position = max(offset & POSITION_MASK, FIRST)
+        if segment is None or position >= segment.end:
+            following = self.after(offset >> SEGMENT_SHIFT)
+            return None if following is None else self.glance(following)
+        data = self.read_raw(segment, HEAD.size, position)
+        if len(data) < HEAD.size or not data.startswith(self.codec.marker):
+            return None
+        _, _, kind, id_, time_ms, delay_ms, length = HEAD.unpack(data)
+        if kind == START:
+            return self.glance(segment.base | position + HEAD.size + length)
+        return Message(id_, time_ms, delay_ms, b"", segment.base | position, HEAD.size + length)
+
+    def _skip_damage(self, segment: Segment, position: int, end: int) -> int:
+        """Return where to read on behind damage that begins at `position`. What nothing valid
+        follows is a torn tail, or room that was never used: cut off."""
+        after = self._next_valid(segment, position + 1, end)
+        if after < end:
+            self.set_aside(segment, position, after)
+        elif end == segment.end and not self._is_zeros(segment, position, end):
+            if self._is_recovering:
+                self.save(segment, position, end)
+                event(logging.WARNING, "torn_tail", log=self.file(segment.name), offset=position,
+                      bytes=end - position)
             else:
-                after = self._next_valid(offset + 1, end)
-                yield offset, after, None
-                offset = after
+                self.set_aside(segment, position, end)
+        if after == end == segment.end and segment is not self.current:
+            segment.end = position
+        elif after == end == segment.end and self._is_recovering:
+            self.storage.truncate(segment.fd, position)
+            segment.end = segment.room = position
+            return position
+        return after
 
-    def _next_valid(self, start: int, end: int) -> int:
+    def _next_valid(self, segment: Segment, start: int, end: int) -> int:
         """Return where the first valid record at or behind `start` stands, `end` if none."""
         overlap = len(self.codec.marker) - 1
         for base in range(start, end, LOG_CHUNK_BYTES):
-            data = self.read_bytes(base, min(LOG_CHUNK_BYTES + overlap, end - base))
+            data = self.read_raw(segment, min(LOG_CHUNK_BYTES + overlap, end - base), base)
             at = data.find(self.codec.marker)
             while at >= 0:
-                if self.read(base + at, end):
+                if self._is_record(segment, base + at, end):
                     return base + at
                 at = data.find(self.codec.marker, at + 1)
         return end
 
-    def read(self, offset: int, end: Optional[int] = None) -> Optional[Record]:
-        """Return the record at `offset`, None if no valid one stands there below `end`."""
-        end = self.tail if end is None else end
-        data = self.read_bytes(offset, min(HEAD.size + AHEAD_BYTES, end - offset))
-        size = self.codec.size_of(data)
-        if len(data) < size <= end - offset:
-            data = self.read_bytes(offset, size)
-        place = next(self.codec.records(data, 0, offset), None)
-        return place[2] if place else None
+    def _is_record(self, segment: Segment, position: int, end: int) -> bool:
+        size = self.codec.size_of(self.read_raw(segment, HEAD.size, position))
+        if not size or position + size > end:
+            return False
+        data = self.read_raw(segment, size, position)
+        return self.codec.decode(data, segment.base | position, []) > segment.base | position
 
-    # -- recovery
-
-    def recover(self, start: int, apply: Callable[[Record, int, int], None]) -> None:
-        """Apply every record from `start` on, cut a torn tail, make all of it durable.
-
-        What was answered lies before any hole that was not synced, or is itself valid: so
-        what is valid behind damage is good, and is used.
-        """
-        size = self._size()
-        self.tail = start
-        for offset, end, record in self.scan(start, size):
-            if record is not None:
-                apply(record, offset, end - offset)
-            elif end < size:
-                self.set_aside(offset, end)
-            else:
-                self._cut_tail(offset, size)
-                break
-            self.tail = end
-        for at in range(start, self.tail, REWRITE_BYTES):
-            # A sync that failed before a crash leaves pages that are clean but not on disk.
-            data = self.read_bytes(at, min(REWRITE_BYTES, self.tail - at))
-            self.storage.write_all(self.fd, data, at)
-        self.storage.fdatasync(self.fd)
-        self.storage.fsync_folder(self.folder)
-
-    def _cut_tail(self, offset: int, end: int) -> None:
-        if not self._is_zeros(offset, end):
-            self._save(offset, end)
-            event(logging.WARNING, "torn_tail", log=self.path, offset=offset, bytes=end - offset)
-        self.storage.truncate(self.fd, offset)
-
-    def set_aside(self, offset: int, end: int) -> None:
+    def set_aside(self, segment: Segment, position: int, end: int) -> None:
         """Count, report and save damaged bytes, once for each place."""
-        if offset not in self.damaged:
-            self.damaged.add(offset)
+        if segment.base | position not in self.damaged:
+            self.damaged.add(segment.base | position)
             self.corrupt_records += 1
-            event(logging.ERROR, "corrupt_record", log=self.path, offset=offset,
-                  bytes=end - offset)
-            self._save(offset, end)
+            event(logging.ERROR, "corrupt_record", log=self.file(segment.name), offset=position,
+                  bytes=end - position)
+            self.save(segment, position, end)
 
-    def _save(self, offset: int, end: int) -> None:
-        name = f"{self.path}.corrupt-{self.codec.log_id.hex()}-{offset}"
+    def save(self, segment: Segment, position: int, end: int, what: str = "corrupt") -> None:
+        """Keep bytes that cannot be used in a file of their own."""
+        name = f"{self.file(segment.name)}.{what}-{self.codec.log_id.hex()}-{position}"
+        self.save_bytes(name, (self.read_raw(segment, min(REWRITE_BYTES, end - at), at)
+                               for at in range(position, end, REWRITE_BYTES)))
+
+    def save_bytes(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Keep what cannot be used in a file beside the log, if there is space for it."""
         try:
             fd = self.storage.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
-                for at in range(offset, end, REWRITE_BYTES):
-                    data = self.read_bytes(at, min(REWRITE_BYTES, end - at))
-                    self.storage.write_all(fd, data, at - offset)
+                at = 0
+                for data in pieces:
+                    self.storage.write_all(fd, data, at)
+                    at += len(data)
                 self.storage.fsync(fd)
             finally:
                 self.storage.close(fd)
         except OSError as error:             # the bytes are lost anyway; serving goes first
             event(logging.WARNING, "corrupt_record_not_saved", file=name, error=error.strerror)
 
+    # -- recovery
+
+    def rewrite(self, start: int) -> None:
+        """Write again and sync what stands from `start` on: a sync that failed before a crash
+        leaves pages that are clean but not on disk."""
+        for segment in self.segments.values():
+            if segment.number >= start >> SEGMENT_SHIFT and segment.start:
+                first = start & POSITION_MASK if segment.base == start & ~POSITION_MASK else 0
+                for at in range(first, segment.end, REWRITE_BYTES):
+                    data = self.read_raw(segment, min(REWRITE_BYTES, segment.end - at), at)
+                    if not segment.is_unreadable:
+                        self.storage.write_all(segment.fd, data, at)
+                self.storage.fdatasync(segment.fd)
+        self.storage.fsync_folder(self.folder)
+
+    def begin_anew(self, start: Start) -> None:
+        """Go on in a new segment, whose start says so, durably. Raises DiskFull."""
+        self.make_ready()
+        if not self.rotate(start):
+            raise DiskFull
+        self.sync()
+
+    def remove_unused(self) -> None:
+        """Remove segments that were made ready before the start and got no record. Called last:
+        a start that fails must not forget their numbers."""
+        self._is_recovering = False
+        while self._unused:
+            segment = self._unused.pop()
+            self.storage.unlink(self.file(segment.name))
+            self.storage.close(segment.fd)
+
+    # -- segments
+
+    @property
+    def tail(self) -> int:
+        return self.current.base | self.current.end
+
+    @property
+    def size(self) -> int:
+        """How many bytes all files have, but for room that is not used yet."""
+        return sum([s.end for s in list(self.segments.values())]) + self.marks_tail
+
+    def make_ready(self) -> None:
+        """Make the next segment, so that a rotation costs no time; durable on return, but not
+        yet used. Raises DiskFull, and OSError for want of a descriptor."""
+        number = self.highest + 1
+        while True:
+            path = self.file(f"data.{number}.log")
+            try:
+                fd = self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                break
+            except FileExistsError:          # another node's, perhaps
+                self.prove_lock()
+                number += 1
+            except OSError as error:
+                self._refuse_full(error)
+                raise
+        segment = Segment(number, fd)
+        try:
+            self.lock_file(fd)
+            self.write_first(segment, None)
+            self.prove_lock()
+        except (OSError, StorageError) as error:
+            with contextlib.suppress(OSError):
+                self.storage.unlink(path)
+            self.storage.close(fd)
+            if isinstance(error, OSError):
+                self._refuse_full(error)
+            raise
+        self.highest, self.ready = number, segment
+
+    def forget_ready(self, name: str) -> None:
+        """Have another segment made in place of the next one, if that one's file is missing."""
+        if self.ready and self.ready.name == name:
+            self.storage.close(self.ready.fd)
+            self.ready = None
+
+    @staticmethod
+    def _refuse_full(error: OSError) -> None:
+        if error.errno in NO_SPACE:
+            raise DiskFull from None
+
+    def rotate(self, start: Start, time_ms: int = 0) -> bool:
+        """Go on in the segment that is ready, whose first record tells where it begins. Return
+        whether there is one, and space for that record."""
+        segment, old = self.ready, self.current
+        if segment is None:
+            return False
+        data = self.codec.encode_start(start, segment.number, time_ms)
+        try:
+            self._write(segment, data)
+        except DiskFull:
+            return False
+        segment.start = start
+        with self._commit:
+            self._dirty[segment.number] = segment
+        self.segments = {**self.segments, segment.number: segment}   # who iterates has the old one
+        self.current = segment
+        self.ready = None
+        self._give_back(old)
+        return True
+
+    def give_back_room(self) -> None:
+        """Before a clean stop: no file reaches beyond its last record."""
+        self._give_back(self.current)
+
+    def segment_named(self, name: str) -> Optional[Segment]:
+        return next((s for s in self.segments.values() if s.name == name), None)
+
+    def _give_back(self, segment: Segment) -> None:
+        if segment.room > segment.end:
+            with contextlib.suppress(OSError):
+                self.storage.truncate(segment.fd, segment.end)
+                segment.room = segment.end
+
+    def forget(self, number: int) -> Segment:
+        """Take a sealed segment out of the log: nobody reads it from here on but its users."""
+        segment = self.segments[number]
+        if number:
+            self.segments = {n: s for n, s in self.segments.items() if n != number}
+            segment.is_gone = True
+        else:                                # its name and its lock stay
+            segment.start, segment.end = None, FIRST
+        return segment
+
+    def left_over(self) -> List[Segment]:
+        """Return the first segment if it was forgotten while somebody needed it whole, and no
+        longer does: it is to be removed again."""
+        first = self.segments.get(0)
+        is_due = first and first.start is None and first.room > FIRST and not first.users
+        return [first] if first and is_due else []
+
+    def remove(self, segment: Segment) -> Steps[None]:
+        """Remove the file of a forgotten segment, a part at a time: freeing much space at once
+        keeps a file system from everybody else."""
+        path = self.file(segment.name)
+        if segment.is_unreadable:
+            event(logging.WARNING, "unreadable_segment_kept", file=path)
+            if segment.number:
+                self.storage.rename(path, f"{path}.unreadable-{self.codec.log_id.hex()}")
+        else:
+            try:
+                while segment.room > FIRST and not segment.users:
+                    segment.room = max(FIRST, segment.room - TRUNCATE_BYTES)
+                    self.storage.truncate(segment.fd, segment.room)
+                    yield FREE_REST_S
+                if segment.number and self._leads_to(path, segment.fd):
+                    self.storage.unlink(path)
+            except OSError as error:         # the next start removes it
+                event(logging.WARNING, "segment_not_removed", file=path, error=error.strerror)
+        if segment.number:
+            self.release(segment, 0)
+
+    def hold(self, segments: Iterable[Segment]) -> None:
+        """Keep descriptors open until `release`, and their files whole."""
+        with self._commit:
+            for segment in segments:
+                segment.users += 1
+
+    def release(self, segment: Segment, count: int = 1) -> None:
+        with self._commit:
+            segment.users -= count
+            close = segment.is_gone and segment.users == 0 and segment.fd >= 0
+            fd, segment.fd = segment.fd, -1 if close else segment.fd
+        if close:
+            self.storage.close(fd)
+
     # -- appending
 
-    def append(self, records: Sequence[Record],
-               apply: Callable[[Record, int, int], None] = lambda *_: None) -> None:
-        """Write records at the tail with one pwrite, then apply each, with its offset and size.
+    def append(self, items: Iterable[Unplaced],
+               apply: Callable[[Sequence[Message]], None] = lambda _: None) -> None:
+        """Write messages at the tail with one write, then apply them.
 
-        Not durable on return. Raises ApiError 503 when the disk is full, the log being as
-        before; LogFailed when it is not known to be, or when memory no longer agrees with it.
+        Not durable on return. Raises DiskFull, the log being as before; LogFailed when it is not
+        known to be, or when memory no longer agrees with it.
         """
         if self.failure:
             raise self.failure
-        data, places = self.codec.encode(records, self.tail)
-        try:
-            self.storage.write_all(self.fd, data, self.tail)
-        except OSError as error:
-            self._undo_append(error)
-        self.tail += len(data)
-        self.appends += 1                    # invariant 2: after its write ended
-        try:
-            for record, (offset, size) in zip(records, places):
-                apply(record, offset, size)
-        except Exception as error:
-            self._fail("apply", error)
+        segment = self.current
+        data, messages = self.codec.encode(items, segment.base | segment.end)
+        if segment.end + len(data) > POSITION_MASK:
+            raise DiskFull
+        if segment.end + len(data) > segment.room and self._has_room:
+            self._make_room(segment, len(data))
+        self._write(segment, data)
+        try:                                 # here: a call may find no memory either
+            with self._commit:
+                self._dirty[segment.number] = segment
+                self.appends += 1            # invariant 2: after its write ended
+            apply(messages)
+        except BaseException as error:
+            self.give_up(error)
 
-    def _undo_append(self, error: OSError) -> NoReturn:
+    def guard(self, apply: Callable[[], None]) -> None:
+        """Have something applied; if that fails, memory no longer agrees with the log."""
+        try:
+            apply()
+        except BaseException as error:
+            self.give_up(error)
+
+    def give_up(self, error: BaseException) -> NoReturn:
+        """Memory no longer agrees with the log: only a start helps. Raises LogFailed."""
+        self._fail("apply to", error)
+
+    def _write(self, segment: Segment, data: bytes) -> None:
+        """Write at the end of a segment, all or nothing. Raises DiskFull."""
+        end = segment.end + len(data)
+        for again in (True, False):
+            try:
+                self.storage.write_all(segment.fd, data, segment.end)
+                break
+            except OSError as error:
+                self._undo_write(segment, error)
+                if not (again and self._free_room()):
+                    raise DiskFull from None
+            except BaseException as error:
+                self._fail("write", error)
+        segment.end = end
+        if segment.room < end:
+            segment.room = end
+
+    def _undo_write(self, segment: Segment, error: OSError) -> None:
         if error.errno not in NO_SPACE:
             self._fail("write", error)
         try:
-            self.storage.truncate(self.fd, self.tail)
+            self.storage.truncate(segment.fd, segment.end)
+            segment.room = segment.end
         except OSError as again:
             self._fail("truncate", again)
-        raise ApiError(503, "The disk is full; nothing was queued, try again later") from None
 
-    def _fail(self, doing: str, error: Exception) -> NoReturn:
+    def _free_room(self) -> bool:
+        """Give back what is kept ahead of the tail; return whether that was anything."""
+        room = self.current.room - self.current.end
+        self._give_back(self.current)
+        return room > 0
+
+    def _make_room(self, segment: Segment, size: int) -> None:
+        """Have the file reach beyond its tail: a sync within a file is faster than one that
+        makes it longer."""
+        more = size + min(ROOM_BYTES, max(ROOM_LEAST_BYTES, segment.end))
+        try:
+            self.storage.allocate(segment.fd, segment.end, more)
+            segment.room = segment.end + more
+        except OSError:                      # the write itself tells whether the disk is full
+            self._give_back(segment)
+
+    def _fail(self, doing: str, error: BaseException) -> NoReturn:
         """Poison the log (invariant 4): every waiter and later call raises LogFailed."""
         reason = getattr(error, "strerror", None) or repr(error)
-        failure = LogFailed(f"cannot {doing} {self.path}: {reason}")
+        failure = LogFailed(f"cannot {doing} {self.folder}: {reason}")
         with self._commit:
             self.failure = self.failure or failure
             followers, self._followers = self._followers, []
-        for _, call in followers:
+        for _, _, call in followers:
             call(self.failure)
         raise failure from error
 
+    # -- marks
+
+    def mark(self, marks: Sequence[Mark], apply: Callable[[], None]) -> bool:
+        """Write marks, then have them applied; return whether there was space. They are applied
+        even if there was none. Raises LogFailed."""
+        if self.failure:
+            raise self.failure
+        written = self._write_marks(b"".join(map(self.marks.encode, marks)))
+        try:
+            apply()
+        except BaseException as error:
+            self.give_up(error)
+        return written
+
+    def _write_marks(self, lines: bytes) -> bool:
+        end = self.marks_tail + len(lines)
+        try:
+            self.storage.write_all(self.marks_fd, lines, self.marks_tail)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                self._fail("write the marks of", error)
+            with contextlib.suppress(OSError):       # the next line comes over what it left
+                self.storage.truncate(self.marks_fd, self.marks_tail)
+            return False
+        except BaseException as error:
+            self._fail("write the marks of", error)
+        self.marks_tail = end
+        return True
+
+    def _open_marks(self) -> Optional[Dict[str, Any]]:
+        """Open and lock the marks; return their first line if it is a whole snapshot's."""
+        try:
+            fd = self.storage.open(self.file(META_NAME), os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        self.marks_fd = fd
+        self.lock_file(fd)
+        first = next(self._lines(fd), b"")
+        try:
+            value = json.loads(first)[1]
+            head = Marks(bytes.fromhex(value["log_id"])).decode_head(first)
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            return None
+        return head
+
+    def _lines(self, fd: int) -> Iterator[bytes]:
+        """Yield the lines of the marks, the last one perhaps without its end."""
+        at, rest = 0, b""
+        while True:
+            try:
+                data = self._read_all(fd, LOG_CHUNK_BYTES, at)
+            except OSError:                  # what cannot be read is damage
+                data = b""
+            at += len(data)
+            lines = (rest + data).split(b"\n")
+            rest = lines.pop()
+            for line in lines:
+                yield line + b"\n"
+            if not data:
+                yield rest
+                return
+
+    def read_marks(self) -> Tuple[Optional[Dict[str, Any]], List[Dict[int, bytes]], List[Mark]]:
+        """Return the snapshot, its pages, and the marks behind it. Without a whole snapshot there
+        are none: all that the data holds waits again."""
+        head: Optional[Dict[str, Any]] = None
+        pages: List[Dict[int, bytes]] = []
+        marks: List[Mark] = []
+        seen = 0
+        lines = self._lines(self.marks_fd) if self.marks_fd >= 0 else iter(())
+        for line in lines:
+            if head is None:
+                head = self.marks.decode_head(line)
+                good = head is not None
+            elif len(pages) < head["pages"]:
+                page = self.marks.decode_page(line)
+                good = page is not None
+                pages += [page] if page is not None else []
+            else:
+                mark = self.marks.decode(line)
+                good = mark is not None
+                marks += [mark] if mark is not None else []
+            if not good:
+                break
+            seen += len(line)
+        self.marks_tail = seen
+        if head is not None and len(pages) < head["pages"]:
+            head = None
+        if self.marks_fd >= 0 and not LegacyLog.is_meta(self.file(META_NAME)):
+            self._save_rest_of_marks(seen if head else 0, head is None)
+        for offset in [mark.tail for mark in marks] + ([head["tail"]] if head else []):
+            self.highest = max(self.highest, offset >> SEGMENT_SHIFT)
+        if head is None:
+            return None, [], []
+        self.highest = max(self.highest, head["highest"])
+        return head, pages, marks
+
+    def _save_rest_of_marks(self, at: int, is_whole: bool) -> None:
+        """Keep what could not be understood of the marks, unless it is zeros."""
+        rest = b""
+        with contextlib.suppress(OSError):
+            rest = self._read_all(self.marks_fd, MARKS_BYTES, at)
+        if rest.strip(b"\0"):
+            if is_whole:
+                self.corrupt_records += 1
+            event(logging.WARNING, "torn_marks", file=self.file(META_NAME), offset=at,
+                  bytes=len(rest.rstrip(b"\0")))
+            self.save_bytes(f"{self.file(META_NAME)}.corrupt-{secrets.token_hex(8)}", [rest])
+
+    def write_snapshot(self, lines: Iterator[bytes], since: int,
+                       lock: threading.Lock) -> Steps[bool]:
+        """Put a snapshot, which was frozen when the marks ended at `since`, in place of the
+        marks, with all that was marked since. Durable when it returns True; False if there was
+        no space, the old marks being in use. `lock` is the owner's."""
+        self.sync()                          # what is frozen must not be ahead of the data
+        path = f"{self.file(META_NAME)}.{secrets.token_hex(8)}.tmp"
+        fds: List[int] = []                  # once the new file has its name none may be lacking
+        try:
+            fds.append(self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            fds.append(self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY))
+            self.lock_file(fds[0])
+            size = end = yield from self._write_lines(fds[0], lines)
+            end = self._copy_marks(fds[0], end, since)
+            yield 0
+            self._switch_marks(fds[0], fds[1], path, end, lock)
+        except BaseException as error:
+            if self.marks_fd not in fds:
+                with contextlib.suppress(OSError):
+                    self.storage.unlink(path)
+                for fd in fds:
+                    self.storage.close(fd)
+            if isinstance(error, OSError) and not self.failure:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._is_recovering:
+                    raise                    # it is not the disk that a start lacks
+                if error.errno not in (*NO_SPACE, errno.EMFILE, errno.ENFILE):
+                    self._fail("write a snapshot of", error)
+                return False
+            raise
+        self.snapshot_bytes = size
+        with self._one_sync:
+            self._sync_names()
+        return True
+
+    def _write_lines(self, fd: int, lines: Iterator[bytes]) -> Steps[int]:
+        end = synced = 0
+        while True:
+            started = time.perf_counter()
+            piece = b""
+            for line in lines:
+                piece += line
+                if time.perf_counter() - started > SNAPSHOT_WORK_S:
+                    break
+            if not piece:
+                return end
+            self.storage.write_all(fd, piece, end)
+            end += len(piece)
+            if end - synced >= MIB:          # more at once would keep the disk from puts
+                self.storage.fdatasync(fd)
+                synced = end
+            yield SNAPSHOT_REST_S
+
+    def _copy_marks(self, fd: int, end: int, since: int) -> int:
+        """Copy what was marked since; return where the copy ends. Notes where to go on."""
+        self._copied = since
+        while self.marks_fd >= 0 and self._copied < self.marks_tail:
+            size = min(LOG_CHUNK_BYTES, self.marks_tail - self._copied)
+            data = self._read_all(self.marks_fd, size, self._copied)
+            self.storage.write_all(fd, data, end)
+            end += len(data)
+            self._copied += len(data)
+        return end
+
+    def _switch_marks(self, fd: int, folder_fd: int, path: str, end: int,
+                      lock: threading.Lock) -> None:
+        """Rename the new marks into place. No sync of the old ones may end meanwhile: so what is
+        copied last, under the owner's lock, needs none either."""
+        with self._one_sync:
+            if self.failure:
+                raise self.failure
+            end = self._copy_marks(fd, end, self._copied)        # may be synced where it is
+            self.storage.fdatasync(fd)
+            synced = end
+            with lock:
+                end = self._copy_marks(fd, end, self._copied)
+                self.prove_lock()
+                self.storage.rename(path, self.file(META_NAME))
+                olds = self.marks_fd, self._folder_fd
+                self.marks_fd, self.marks_tail, self._folder_fd = fd, end, folder_fd
+                self._marks_synced = synced
+            for old in olds:
+                if old >= 0:
+                    self.storage.close(old)
+
+    def _sync_names(self) -> None:
+        """Make the rename of the marks durable, if it is not yet. Called with `_one_sync` held.
+        Raises LogFailed."""
+        if self._folder_fd >= 0:
+            fd, self._folder_fd = self._folder_fd, -1
+            try:
+                self.storage.fsync(fd)
+            except OSError as error:
+                self._fail("sync", error)
+            finally:
+                self.storage.close(fd)
+
     # -- durability
 
-    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None]) -> bool:
-        """Have `call(None)` made once append `number` is as durable as `fsync` asks for.
+    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None], *,
+                     marks: bool = False) -> bool:
+        """Have `call(None)` made once append `number`, and with `marks` all that was marked so
+        far, is as durable as `fsync` asks for.
 
         Does not block; `call` is made at once, or by whoever syncs, with the failure if that
         fails. Returns whether it is the caller's turn to have `lead` called.
         """
-        if self.fsync == "always":
+        if self.fsync == "always" or (marks and self.fsync == "everysec"):
             with self._commit:
                 if self.failure:
                     raise self.failure
-                if self.durable < number:
-                    self._followers.append((number, call))
+                if marks or self.durable < number:
+                    self._followers.append((number, marks, call))
                     turn, self._leading = not self._leading, True
                     return turn
         call(None)
@@ -924,12 +1637,17 @@ class Log:
 
     def lead_once(self) -> bool:
         """Sync and tell those whom that serves. Returns whether the caller is to go on."""
-        self.sync()
         with self._commit:
-            ready = [call for number, call in self._followers if number <= self.durable]
-            self._followers = [f for f in self._followers if f[0] > self.durable]
-            self._leading = more = bool(self._followers) and self.fd >= 0
-        for call in ready:
+            waiting = list(self._followers)
+        self.sync()
+        if any(marks for _, marks, _ in waiting):
+            self.sync_marks()
+        with self._commit:
+            ready = [f for f in self._followers if f[0] <= self.durable
+                     and (not f[1] or f in waiting)]
+            self._followers = [f for f in self._followers if f not in ready]
+            self._leading = more = bool(self._followers) and self.current.fd >= 0
+        for _, _, call in ready:
             call(None)
         return more
 
@@ -948,120 +1666,126 @@ class Log:
         try:
             if self.failure:
                 raise self.failure
-            if self.fd >= 0 and (number is None or number > self.durable):
-                self._sync_once()
+            if self.current.fd >= 0 and (number is None or number > self.durable):
+                self._sync_data()
         finally:
             self._one_sync.release()
 
-    def _sync_once(self) -> None:
-        """Called with `_one_sync` held: of two at once only one would be told of an error."""
+    def _sync_data(self) -> None:
+        """Sync what was written so far, the oldest segment first. Called with `_one_sync` held:
+        of two at once only one would be told of an error."""
         with self._commit:
-            target, fd = self.appends, self.fd
+            target, dirty, self._dirty = self.appends, self._dirty, {}
+            for segment in dirty.values():
+                segment.users += 1
+        for _, segment in sorted(dirty.items()):
+            if segment.fd >= 0:
+                self._sync_file(segment.fd)
+            self.release(segment)
+        with self._commit:
+            self.durable = max(self.durable, target)
+
+    def _sync_file(self, fd: int) -> None:
         started = time.perf_counter()
         try:
             self.storage.fdatasync(fd)
-        except Exception as error:           # whatever it is: the kernel tells it only once
+        except BaseException as error:       # whatever it is: the kernel tells it only once
             self._fail("sync", error)
-        with self._commit:
-            self.syncs += 1
-            self.sync_seconds += time.perf_counter() - started
-            self.durable = max(self.durable, target)
+        self.syncs += 1
+        self.sync_seconds += time.perf_counter() - started
 
-    def close_replaced(self) -> None:
-        """Close descriptors of replaced files; slow, for that frees a whole file's space."""
-        with self._one_sync, self._commit:   # so that no sync uses them (invariant 3)
-            old, self._retired = self._retired, []
-        for fd in old:
-            self._close(fd)
+    def sync_marks(self) -> None:
+        """Block until all that was marked so far is on disk; raises LogFailed."""
+        with self._one_sync:
+            if self.failure:
+                raise self.failure
+            if self.marks_fd >= 0 and self._marks_synced < self.marks_tail:
+                end = self.marks_tail
+                self._sync_file(self.marks_fd)
+                self._marks_synced = end
+            self._sync_names()               # or a power cut brings back the old marks
 
-    # -- replacing
+    # -- files that somebody removed
 
-    def fresh(self, next_id: int) -> Log:
-        """Return a new, locked log under the temporary name, to be filled and put in place."""
-        fresh = Log(self.folder, self.fsync, self.storage)
-        fresh.codec = Codec.new(next_id)
-        self.storage.make_folder(self.folder)            # someone may have removed it
-        path = self.path + TEMPORARY
-        fresh.fd = self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        with _open_files_lock:
-            _open_files.add(_identity(os.fstat(fresh.fd)))
+    def missing_files(self) -> List[str]:
+        """Return the names that no longer lead to this log's files. Raises LogFailed if another
+        file stands there: its owner goes on, we cannot."""
+        files = [(segment.name, segment.fd) for segment in [*self.segments.values()]
+                 + ([self.ready] if self.ready else [])]
+        missing = []
+        for name, fd in [*files, (META_NAME, self.marks_fd)]:
+            if fd >= 0 and not self._leads_to(self.file(name), fd):
+                if os.path.lexists(self.file(name)):
+                    self.prove_lock()
+                    self._fail("go on in", OSError(0, f"another file took the place of {name}"))
+                missing.append(name)
+        return missing
+
+    def put_back(self, segment: Segment, lock: threading.Lock) -> Steps[None]:
+        """Write a segment that is not written any more again, from its descriptor."""
+        self.storage.make_folder(self.folder)
+        path = f"{self.file(segment.name)}.{secrets.token_hex(8)}.tmp"
+        fd = self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            fcntl.lockf(fresh.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.storage.write_all(fresh.fd, fresh.codec.header(), 0)
-        except OSError as error:
-            fresh.discard()
-            raise CompactionFailed(f"cannot write {path}: {error.strerror}") from None
-        return fresh
-
-    def discard(self) -> None:
-        """Remove a fresh log that is not wanted after all."""
-        self._close(self.fd)
-        with contextlib.suppress(OSError):
-            self.storage.unlink(self.path + TEMPORARY)
-
-    def replace_with(self, fresh: Log) -> None:
-        """Put `fresh` in this log's place; durable on return. The rename is the commit point.
-
-        Before it any error leaves the old log in use (OSError, CompactionFailed); after it
-        any error is the end (LogFailed), for it is not known which file the next start finds.
-        """
-        if self.failure:
-            raise self.failure
-        self.storage.fsync(fresh.fd)
-        self._check_ownership()
-        # Opened before the commit point: a lack of descriptors is no reason to end.
-        folder = self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self.storage.rename(self.path + TEMPORARY, self.path)
-            try:
-                self.storage.fsync(folder)
-                fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._fail("replace", error)
-        finally:
-            self.storage.close(folder)
-        with self._commit:                   # invariant 3
-            old, self.fd = self.fd, fresh.fd
-            self.codec, self.tail, self.damaged = fresh.codec, fresh.tail, set()
-            self.durable = self.appends
-            self._retired.append(old)
-
-    def _check_ownership(self) -> None:
-        """Raise unless the lock still holds and nobody else's log stands at our path.
-
-        On a shared filesystem another node may have taken over; its log is locked.
-        """
-        fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not self._is_path(self.fd) and os.path.exists(self.path):
-            fd = self.storage.open(self.path, os.O_RDWR)
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._fail("keep", error)
-            finally:
-                self.storage.close(fd)
-
-    def is_in_place(self) -> bool:
-        """Tell whether the path still leads to this log."""
-        return self._is_path(self.fd)
+            for at in range(0, segment.end, REWRITE_BYTES):
+                data = self.read_raw(segment, min(REWRITE_BYTES, segment.end - at), at)
+                self.storage.write_all(fd, data, at)
+                yield SNAPSHOT_REST_S
+            self.storage.fdatasync(fd)
+            self.lock_file(fd)
+            self.storage.link(path, self.file(segment.name))
+            self.storage.unlink(path)
+            self.storage.fsync_folder(self.folder)
+        except BaseException:
+            for name in (path, self.file(segment.name)):
+                if self._leads_to(name, fd):
+                    with contextlib.suppress(OSError):
+                        self.storage.unlink(name)
+            self.storage.close(fd)
+            raise
+        with self._one_sync, lock, _open_files_lock:
+            if not segment.number:
+                _open_files.discard(_identity(os.fstat(segment.fd)))
+                _open_files.add(_identity(os.fstat(fd)))
+            new = self.segments[segment.number] = Segment(segment.number, fd)
+            new.start, new.end, new.room = segment.start, segment.end, segment.end
+            new.is_unreadable, segment.is_gone = segment.is_unreadable, True
+        self.release(segment, 0)             # a backup may read it: its last user closes it
 
     def close(self) -> None:
-        """Let go of the file and its lock, after a sync that is under way. Does not sync; who
+        """Let go of the files and their locks, after a sync that is under way. Does not sync; who
         still waits is not answered."""
-        self.close_replaced()
         with self._one_sync, self._commit:
             self._followers.clear()
-            if self.fd >= 0:
-                self._close(self.fd)
-                self.fd = -1
+            others = [s for s in self.segments.values() if s.number] + self._unused
+            for segment in others + ([self.ready] if self.ready else []):
+                if segment.fd >= 0 and not segment.users:
+                    self.storage.close(segment.fd)
+                    segment.fd = -1
+                segment.is_gone = True
+            for fd in (self.marks_fd, self._folder_fd):
+                if fd >= 0:
+                    self.storage.close(fd)
+            self.marks_fd = self._folder_fd = -1
+            first = self.segments.get(0)
+            if first and first.fd >= 0:
+                self.close_first(first.fd)
+                first.fd = -1
+            self.current = Segment(0, -1)
 
 
 def _identity(status: os.stat_result) -> Tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _same_file(one: str, other: str) -> bool:
-    return os.path.exists(other) and os.path.samefile(one, other)
+def filesystem_of(path: str) -> Tuple[str, str]:
+    """Return the mount point that a path is on, and its kind; empty where nobody tells."""
+    real = os.path.realpath(path) + "/"
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as file:
+        mounts = [line.split()[1:3] for line in file]
+        return max(((point, kind) for point, kind in mounts
+                    if real.startswith(point.rstrip("/") + "/")), key=lambda m: len(m[0]))
+    return "", ""
 
 
 class LegacyLog:
@@ -1069,17 +1793,55 @@ class LegacyLog:
 
     Its log is (length u64, bytes)*, its `meta.json` {"head_offset", "tail_offset"}. It never
     syncs, and it compacts by a rename before it saves the offsets of the renamed file.
+    While `data.log` and `data.log.legacy` are one file a takeover is under way: a start begins
+    it again.
     """
 
     def __init__(self, log: Log) -> None:
-        self._log = log
-        self._size = os.fstat(log.fd).st_size
+        self._log, self._segment = log, log.segments[0]
+        self._size = os.fstat(self._segment.fd).st_size
+        self._segment.end = self._size
+        kept = log.file(META_NAME + ".legacy")
+        self._meta = kept if os.path.exists(kept) else log.file(META_NAME)
         self.messages = 0
         self.head, self.tail = self._offsets()
 
+    @staticmethod
+    def is_under_way(folder: str) -> bool:
+        path = os.path.join(folder, LOG_NAME)
+        return os.path.exists(path + ".legacy") and os.path.samefile(path, path + ".legacy")
+
+    @staticmethod
+    def is_meta(path: str) -> bool:
+        """Tell whether a file is the Go server's `meta.json`."""
+        try:
+            with open(path + ".legacy" if os.path.exists(path + ".legacy") else path, "rb") as file:
+                value = json.loads(file.read(KIB))
+            return isinstance(value, dict) and {"head_offset", "tail_offset"} <= value.keys()
+        except (OSError, ValueError, RecursionError):
+            return False
+
+    def is_proven(self) -> bool:
+        """Tell whether this is the Go server's: by its meta.json, or by lengths that lead from
+        message to message up to the end, where the last one may be cut short."""
+        if self.is_meta(self._log.file(META_NAME)):
+            return True
+        at = found = 0
+        while at < self._size:
+            length = self._length(at)
+            if length is None or length > MAX_MESSAGE_BYTES:
+                return found > 0 and length is None
+            at += U64.size + length
+            found += length > 0 and at <= self._size
+        return found > 0
+
+    def _length(self, at: int) -> Optional[int]:
+        start = self._log.read_raw(self._segment, U64.size, at)
+        return U64.unpack(start)[0] if len(start) == U64.size else None
+
     def _offsets(self) -> Tuple[int, int]:
         try:
-            with open(os.path.join(self._log.folder, META_NAME), "rb") as file:
+            with open(self._meta, "rb") as file:
                 meta = json.loads(file.read())
             head, tail = int(meta["head_offset"]), int(meta["tail_offset"])
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -1089,630 +1851,880 @@ class LegacyLog:
             return 0, self._size
         return head, min(tail, self._size)
 
-    def batches(self) -> Iterator[List[Record]]:
-        """Yield the waiting messages as records, about a MiB at a time."""
-        now_ms, size = int(time.time() * 1000), 0
-        batch = [position(0, "", now_ms)]
+    def take_over(self) -> None:
+        """Write what waits into segments of ours; both old files are kept as `.legacy`. A crash
+        before the rename at the end is repeated without harm."""
+        log = self._log
+        os.chmod(log.folder, 0o700)
+        for name in (LOG_NAME, META_NAME):
+            self._keep(log.file(name))
+        log.storage.fsync_folder(log.folder)
+        start, now_ms = Start(), int(time.time() * 1000)
+        log.make_ready()
+        if not log.rotate(start):            # nothing may go into the old file
+            raise DiskFull
+        for batch in self._batches(now_ms):
+            log.append(batch)
+            start = Start(start.next_id + len(batch), start.puts + len(batch),
+                          start.put_bytes + sum(HEAD.size + len(item[3]) for item in batch))
+            if log.current.end >= SEGMENT_BYTES:
+                log.make_ready()
+                log.rotate(start)
+        log.sync()
+        path = f"{log.path}.{secrets.token_hex(8)}.tmp"
+        first = Segment(0, log.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        log.lock_file(first.fd)
+        log.write_first(first, None)
+        log.prove_lock()
+        log.storage.rename(path, log.path)
+        log.storage.fsync_folder(log.folder)
+        with _open_files_lock:
+            _open_files.add(_identity(os.fstat(first.fd)))
+        log.close_first(self._segment.fd)
+        log.segments = {0: first, **{n: s for n, s in log.segments.items() if n}}
+        event(logging.WARNING, "took_over", folder=log.folder, messages=self.messages,
+              kept=LOG_NAME + ".legacy")
+
+    def _keep(self, old: str) -> None:
+        kept = old + ".legacy"
+        if os.path.exists(old) and not (os.path.exists(kept) and os.path.samefile(old, kept)):
+            try:
+                self._log.storage.link(old, kept)
+            except FileExistsError:
+                raise StorageError(f"{kept} is in the way of taking over {old}; move it "
+                                   "elsewhere") from None
+        if os.path.exists(kept):
+            os.chmod(kept, 0o600)
+
+    def _batches(self, now_ms: int) -> Iterator[List[Unplaced]]:
+        """Yield the waiting messages, about a MiB at a time."""
+        batch: List[Unplaced] = []
+        size = 0
         for payload in self._payloads():
             self.messages += 1
-            batch.append(Record(MESSAGE, self.messages, now_ms, payload))
+            batch.append((self.messages, now_ms, 0, payload))
             size += len(payload)
             if size >= MIB:
                 yield batch
                 batch, size = [], 0
-        yield batch
+        if batch:
+            yield batch
 
     def _payloads(self) -> Iterator[bytes]:
-        at = 0
+        at, log = 0, self._log
         while at < self.tail:
-            start = self._log.read_bytes(at, U64.size)
-            length = U64.unpack(start)[0] if len(start) == U64.size else self._size
-            end = at + U64.size + length
+            length = self._length(at)
+            end = at + U64.size + (self._size if length is None else length)
             if end > self._size:
-                self._log.set_aside(at, self._size)
+                log.set_aside(self._segment, at, self._size)
                 return
-            if length > MAX_MESSAGE_BYTES:
-                self._log.set_aside(at, end)
+            if length and length > MAX_MESSAGE_BYTES:
+                event(logging.ERROR, "message_too_large", log=log.path, offset=at, bytes=length)
+                log.save(self._segment, at + U64.size, end, "too-large")
             elif end > self.head and length:
-                yield self._log.read_bytes(at + U64.size, length)
+                yield log.read_raw(self._segment, length, at + U64.size)
             at = end
 
 
-# ---- Subscription -------------------------------------------------------------------------
-# Where one consumer group stands. Below its cursor everything is settled but its entries; from
-# the cursor on everything waits. What waits beyond the cursor stays in the file.
+# ---- State --------------------------------------------------------------------------------
+# What a log says, a pure function of its records and marks: for each subscriber a cursor, below
+# which all is settled but the entries. What waits beyond the cursor stays in the files. Who has a
+# message in hand is no part of this: in the log it waits.
 
-ENTRY = struct.Struct(">QQII")   # offset, due (ms), size, count: packed, for there may be many
-READY, LEASED = 0, (1 << 64) - 1             # a due time that is none
-KEY_BITS = 96                                # of a deadline's key: an id, or a lease
-
-
-class Deadlines:
-    """A heap of deadlines (ms), each with a key. One that no longer `holds` is stale: it is
-    skipped, and when more than half are, all stale ones are swept. `live` counts the others."""
-
-    def __init__(self, holds: Callable[[int, int], bool], live: Callable[[], int]) -> None:
-        self._heap: List[int] = []                       # deadline << KEY_BITS | key: small
-        self._holds, self._live = holds, live
-
-    def add(self, deadline_ms: int, key: int) -> None:
-        heapq.heappush(self._heap, deadline_ms << KEY_BITS | key)
-        if len(self._heap) > 2 * self._live() + 64:
-            self._heap = sorted({item for item in self._heap if self._holds(*_split(item))})
-
-    def first(self) -> Optional[Tuple[int, int]]:
-        """Return the next (deadline, key), None without any."""
-        while self._heap:
-            item = _split(self._heap[0])
-            if self._holds(*item):
-                return item
-            heapq.heappop(self._heap)
-        return None
-
-    def is_due(self, now_ms: int) -> bool:
-        """Tell whether `pop_due` may find any; cheap."""
-        return bool(self._heap) and self._heap[0] >> KEY_BITS <= now_ms
-
-    def pop_due(self, now_ms: int) -> Iterator[int]:
-        """Take out and yield the keys whose deadline has come."""
-        item = self.first()
-        while item and item[0] <= now_ms:
-            heapq.heappop(self._heap)
-            yield item[1]
-            item = self.first()
-
-    def keys(self) -> Iterator[int]:
-        """Yield the keys of all that hold, in order, each once; they must not change meanwhile."""
-        heap, last = self._heap[:], -1
-        while heap:
-            item = heapq.heappop(heap)
-            if item != last and self._holds(*_split(item)):
-                yield item & ((1 << KEY_BITS) - 1)
-            last = item
+Page = Dict[int, bytes]
 
 
-def _split(item: int) -> Tuple[int, int]:
-    return item >> KEY_BITS, item & ((1 << KEY_BITS) - 1)
-
-
-class Message(NamedTuple):
-    """A message for a consumer, and where it stands; `delivery` is the number of this delivery,
-    from 1."""
+class Entry(NamedTuple):
+    """A message below the cursor that is not settled, or one with a delay."""
 
     id: int
-    time_ms: int
-    payload: bytes
-    delivery: int
     offset: int
+    due_ms: int                              # when its delay ends; 0: at once
     size: int
+    deliveries: int                          # that came back
 
 
-def as_message(record: Record, offset: int, size: int, count: int) -> Message:
-    return Message(record.id, record.time_ms, record.payload, count + 1, offset, size)
+class Entries:
+    """Messages of a subscription by id, packed; in pages of ids, so that a copy costs next to
+    nothing: `freeze` copies the table of pages, and a page is copied when it is changed first."""
+
+    def __init__(self, pages: Optional[Dict[int, Page]] = None) -> None:
+        self._pages: Dict[int, Page] = pages or {}
+        self._ours: Set[int] = set()         # pages that no copy shares
+        self.count = sum(map(len, self._pages.values()))
+        self.delayed = sum([entry[2] > 0 for entry in self]) if pages else 0     # with a due time
+
+    def _own(self, number: int) -> Page:
+        """Return a page to be changed; it stays empty if there is no memory for that."""
+        if number not in self._ours:
+            self._pages[number] = dict(self._pages.get(number, ()))
+            self._ours.add(number)
+        return self._pages[number]
+
+    def __contains__(self, id_: int) -> bool:
+        page = self._pages.get(id_ >> PAGE_SHIFT)
+        return page is not None and id_ in page
+
+    def __getitem__(self, id_: int) -> Entry:
+        """Raises KeyError."""
+        return Entry(*ENTRY.unpack(self._pages[id_ >> PAGE_SHIFT][id_]))
+
+    def get(self, id_: int) -> Optional[Entry]:
+        page = self._pages.get(id_ >> PAGE_SHIFT)
+        entry = page.get(id_) if page else None
+        return None if entry is None else Entry(*ENTRY.unpack(entry))
+
+    def due(self, id_: int) -> Optional[int]:
+        """Return when an entry's delay ends, 0 without one; None if it is none."""
+        page = self._pages.get(id_ >> PAGE_SHIFT)
+        entry = page.get(id_) if page else None
+        return None if entry is None else int.from_bytes(entry[16:24], "big")
+
+    def put(self, id_: int, offset: int, due_ms: int, size: int, deliveries: int) -> None:
+        page = self._own(id_ >> PAGE_SHIFT)
+        old_due_ms = self.due(id_)
+        page[id_] = ENTRY.pack(id_, offset, due_ms, size, deliveries)
+        self.count += old_due_ms is None
+        self.delayed += (due_ms > 0) - (old_due_ms is not None and old_due_ms > 0)
+
+    def add(self, messages: Sequence[Message]) -> None:
+        """Make entries of a run of messages without a delay that are none yet."""
+        number, page, pack = -1, {}, ENTRY.pack
+        for id_, _, _, _, offset, size in messages:
+            if id_ >> PAGE_SHIFT != number:
+                number = id_ >> PAGE_SHIFT
+                page = self._own(number)
+            page[id_] = pack(id_, offset, 0, size, 0)
+            self.count += 1                  # each: the next may find no memory
+
+    def pop(self, first: int, last: int) -> List[Tuple[int, ...]]:
+        """Take out the entries from `first` to `last`; return the fields of each."""
+        gone: List[bytes] = []
+        for number, ids in self._parts(first, last):
+            page = self._own(number)
+            gone += map(page.pop, ids)
+            if not page:
+                del self._pages[number]
+                self._ours.discard(number)
+        entries = list(ENTRY.iter_unpack(b"".join(gone)))
+        self.count -= len(entries)
+        self.delayed -= sum([entry[2] > 0 for entry in entries]) if self.delayed else 0
+        return entries
+
+    def between(self, first: int, last: int) -> List[int]:
+        """Return the ids from `first` to `last`."""
+        return [id_ for _, ids in self._parts(first, last) for id_ in ids]
+
+    def _parts(self, first: int, last: int) -> Iterator[Tuple[int, List[int]]]:
+        """Yield, in order, the pages that have ids from `first` to `last`, and these."""
+        if first == last:                    # as nearly always
+            if first in self:
+                yield first >> PAGE_SHIFT, [first]
+            return
+        numbers: Sequence[int] = range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+        if len(numbers) > len(self._pages):
+            numbers = sorted([number for number in self._pages if number in numbers])
+        for number in numbers:
+            page, start = self._pages.get(number, {}), number << PAGE_SHIFT
+            ids = range(max(first, start), min(last + 1, start + (1 << PAGE_SHIFT)))
+            found = [id_ for id_ in ids if id_ in page] if page else []
+            if found:
+                yield number, found
+
+    def has_page(self, id_: int) -> bool:
+        return id_ >> PAGE_SHIFT in self._pages
+
+    def stands_at(self, id_: int, offset: int) -> bool:
+        return id_ in self and self[id_].offset == offset
+
+    def lowest(self) -> Optional[int]:
+        number = min(filter(self._pages.get, self._pages), default=None)
+        return None if number is None else min(self._pages[number])
+
+    def next_id(self, after: int) -> int:
+        """Return the lowest id above `after`, NEVER without any."""
+        for number in sorted(n for n in self._pages if n >= after >> PAGE_SHIFT):
+            higher = [id_ for id_ in self._pages[number] if id_ > after]
+            if higher:
+                return min(higher)
+        return NEVER
+
+    def ids(self) -> Iterator[int]:
+        """Yield all ids in order; nothing may change meanwhile."""
+        for number in sorted(self._pages):
+            yield from sorted(self._pages[number])
+
+    def freeze(self) -> Dict[int, Page]:
+        """Return the pages as they are now; they never change from here on."""
+        self._ours.clear()
+        return dict(self._pages)
+
+    def clear(self) -> Steps[None]:
+        """Let go of all, a page a step: many at once would take long."""
+        while self._pages:
+            self._pages.popitem()
+            yield 0
+
+    def __iter__(self) -> Iterator[Tuple[int, ...]]:
+        """Yield the fields of each entry: there may be millions."""
+        for page in self._pages.values():
+            yield from ENTRY.iter_unpack(b"".join(page.values()))
 
 
 class Subscription:
     """The place of one subscriber in a log. Its queue's lock guards all of it.
 
-    1. Below `cursor_id` everything is settled except `entries`; from it on everything waits.
-       An entry at or beyond the cursor is a message that was put with a delay.
-    2. `passed` messages of the log lie below the cursor, `kept` of them are entries.
-    3. An entry's due is READY, LEASED, or when its delay ends. `ready` holds the id of every
-       ready entry, all with the deadline READY, and `delayed` that of every delayed one.
-    4. Leased or not is memory only: in the log a leased message waits.
+    1. Below `cursor_id` everything is settled except `entries`; from it on everything waits,
+       but for a message with a delay, which waits only if it is an entry.
+    2. All messages with an id below `cursor_id` stand before `cursor`, an offset.
+    3. `passed` messages without a delay were put before the cursor.
     """
 
     def __init__(self, name: str, state: State) -> None:
         self.name, self._state = name, state
-        self._reset()
-
-    def _reset(self) -> None:
-        self.entries: Dict[int, bytes] = {}
-        self.cursor_id, self.cursor_offset = 0, HEADER.size
+        self.entries = Entries()
+        self.cursor_id, self.cursor = 0, FIRST
         self.passed, self.passed_bytes = 0, 0
-        self.kept, self.kept_bytes = 0, 0
-        self.leased_count, self.delayed_count = 0, 0
-        self.ready = Deadlines(self._is_due, self._ready_entries)
-        self.delayed = Deadlines(self._is_due, lambda: self.delayed_count)
-        self._ahead: Deque[Placed] = collections.deque()
-        self._read_offset = HEADER.size                  # where reading ahead goes on
-
-    # -- looking
+        self._ahead: List[Message] = []      # read, from `_at` on not passed yet
+        self._at = 0
+        self._read_to = FIRST                # where reading goes on
+        self._first_id = 0                   # put in the segment that is read
 
     @property
     def held_count(self) -> int:
         """How many messages this subscriber has not settled."""
-        return self._state.appended - self.passed + self.kept
+        return self._state.start.puts - self.passed + self.entries.count
 
-    @property
-    def held_bytes(self) -> int:
-        return self._state.appended_bytes - self.passed_bytes + self.kept_bytes
+    def stand_at(self, offset: int, start: Start) -> None:
+        """Put the cursor where a segment, or the log, has so much before it."""
+        self.cursor_id = max(self.cursor_id, start.next_id)
+        self.cursor = self._read_to = offset
+        self.passed, self.passed_bytes = start.puts, start.put_bytes
+        self._first_id = start.next_id
+        self._ahead, self._at = [], 0
 
-    @property
-    def ready_count(self) -> int:
-        return self.held_count - self.leased_count - self.delayed_count
+    # -- the cursor
 
-    def holds(self, message_id: int) -> bool:
-        return message_id >= self.cursor_id or message_id in self.entries
-
-    def at_cursor(self) -> Optional[Placed]:
-        """Return the first message at the cursor, which moves over entries that lie beyond it."""
+    def at_cursor(self, limit: int = 1 << 62) -> Optional[Message]:
+        """Return the first message at the cursor, which moves over all that does not wait there.
+        Reads about `limit` bytes; `is_behind` tells whether there is more to be read."""
         while True:
-            while self._ahead:
-                place = self._ahead[0]
-                if place[2].id not in self.entries:
-                    return place
-                self._pass(keep=True)
+            while self._at < len(self._ahead):
+                message = self._ahead[self._at]
+                if self._waits(message):
+                    return message
+                self._pass(message)
+            if limit <= 0:
+                return None
+            before = self._read_to
             if not self._read_ahead():
                 return None
+            limit -= _distance(before, self._read_to)
+
+    @property
+    def is_behind(self) -> bool:
+        return self._at == len(self._ahead) and self._read_to < self._state.end
 
     def _read_ahead(self) -> bool:
-        log = self._state.log
-        if self.passed >= self._state.appended:          # skip what is no message at all
-            self._read_offset = self._state.end
+        """Read the next messages; return whether there was anything to read."""
+        start = self._read_to
+        if start >= self._state.end:
+            if self.passed != self._state.start.puts:
+                self._pass_all(self._state.start)
             return False
-        start = self._read_offset = self._state.next_message(self._read_offset)
-        for offset, end, record in log.scan(start, self._state.end, AHEAD_BYTES):
-            if (self._ahead and record and record.type != MESSAGE
-                    and self._state.next_message(offset) != offset):
-                break                        # rather jump to the next than read up to it
-            self._read_offset = end
-            if record is None:
-                log.set_aside(offset, end)
-            elif record.type == MESSAGE and record.id >= self.cursor_id:
-                self._ahead.append((offset, end, record))
-            elif record.type == MESSAGE:     # a compaction kept it for another subscriber
-                self.cursor_offset = end
-                self.passed += 1
-                self.passed_bytes += end - offset
-            if end - start >= AHEAD_BYTES and self._ahead:
+        try:
+            return self._read_from(start)
+        except Exception:                    # no memory: as if nothing was read
+            self._ahead, self._at, self._read_to = [], 0, start
+            raise
+
+    def _read_from(self, start: int) -> bool:
+        state = self._state
+        self._ahead, self._read_to = state.log.read(start, state.end)
+        self._at = 0
+        if self._read_to == start:           # the segments up to the end are gone
+            self._read_to = state.end
+            self._pass_all(state.start)
+            return False
+        number = self._read_to >> SEGMENT_SHIFT
+        if number > start >> SEGMENT_SHIFT:
+            self._pass_all(state.start_of(number))
+        elif not self._ahead and self._read_to >= state.end:
+            self._pass_all(state.start)
+        elif not self._ahead:
+            self.cursor = self._read_to
+        return True
+
+    def _pass_all(self, start: Start) -> None:
+        """All that was read is passed; what could not be read, or is gone, is counted as well."""
+        missed = self.passed != start.puts
+        self.stand_at(self._read_to, start)
+        if missed:
+            self._state.count_anew()
+
+    def unread(self) -> None:
+        """Keep no large message that was looked at and did not go."""
+        message = self._ahead[self._at] if self._at < len(self._ahead) else None
+        if message and message.size > AHEAD_BYTES:
+            self._ahead, self._at, self._read_to = [], 0, message.offset
+
+    def run_at_cursor(self, message: Message, most: int, before: int) -> List[Message]:
+        """Return the message that stands at the cursor, and neighbours that wait behind it: up to
+        `most` messages, with ids below `before`."""
+        run = [message]
+        if message.id >= self._first_id:     # what was put here is not counted with a copy
+            most = min(most, before - message.id)
+            for message in self._ahead[self._at + 1:self._at + most]:
+                id_ = message.id
+                if id_ != run[-1].id + 1 or message.delay_ms or id_ in self.entries:
+                    break
+                run.append(message)
+        return run
+
+    def _pass(self, *run: Message) -> None:
+        """Move the cursor over a message that is, or becomes, an entry, or does not wait; or over
+        a run of those that do."""
+        first, last = run[0], run[-1]
+        self._at += len(run)
+        if last.id >= self.cursor_id:
+            self.cursor_id = last.id + 1
+        self.cursor = last.offset + last.size
+        if first.id >= self._first_id and not first.delay_ms:        # put here, no copy
+            self.passed += len(run)
+            self.passed_bytes += self.cursor - first.offset
+        if self._at == len(self._ahead):     # the last may be large: it is not kept
+            self._ahead, self._at = [], 0
+
+    def take_in(self, *run: Message) -> None:
+        """Make the message, or run, at the cursor entries: the same state, told otherwise."""
+        self.entries.add(run)
+        self._pass(*run)
+
+    def advance(self, last: int, drop_from: int, limit: int = 1 << 62) -> int:
+        """Move the cursor over what was put up to `last`: what is below `drop_from` becomes an
+        entry. Return how many messages that were."""
+        seen = 0
+        while seen < limit:
+            message = self.at_cursor()
+            if message is None or message.id > last:
                 break
-        if not self._ahead:                              # the rest was damaged
-            self.passed, self.passed_bytes = self._state.appended, self._state.appended_bytes
-            self._state.recount()
-        return bool(self._ahead)
+            if message.id < drop_from:
+                self.take_in(message)
+            else:
+                self._pass(message)
+                self._state.let_go([(message.id, message.offset, 0, message.size, 0)], self)
+            seen += 1
+        return seen
 
-    def _pass(self, *, keep: bool) -> Placed:
-        """Move the cursor over the next message; `keep` if it is, or becomes, an entry."""
-        place = offset, end, record = self._ahead.popleft()
-        self.cursor_id, self.cursor_offset = record.id + 1, end
-        self.passed += 1
-        self.passed_bytes += end - offset
-        if keep:
-            self.kept += 1
-            self.kept_bytes += end - offset
+    # -- what the marks say
+
+    def apply(self, mark: Mark) -> None:
+        if mark.kind == POSITION:
+            self._forget(mark)
+        elif mark.kind == SETTLED:
+            self.drop(mark.first, mark.last)
+            if mark.last >= self.cursor_id:
+                self.advance(mark.last, mark.first)
+                self.drop(mark.first, mark.last)
+                self.cursor_id = max(self.cursor_id, mark.last + 1)
         else:
-            self._state.let_go(record.id, end - offset)
-        return place
+            if mark.last >= self.cursor_id:
+                self.advance(mark.last, mark.last + 1)
+            for id_ in self.entries.between(mark.first, mark.last):
+                entry = self.entries[id_]
+                self.entries.put(id_, entry.offset, mark.due_ms, entry.size, mark.deliveries)
 
-    # -- entries
+    # -- looking on
 
-    def _wait_until(self, message_id: int, due_ms: int) -> None:
-        """Note that an entry is ready, or when it will be (invariant 3)."""
-        if due_ms:
-            self.delayed_count += 1
-            self.delayed.add(due_ms, message_id)
-        else:
-            self.ready.add(READY, message_id)
+    def waiting(self, limit: int) -> Iterator[Message]:
+        """Yield the messages at and behind the cursor, without moving it; reads about `limit`
+        bytes."""
+        position, end = self.cursor, self._state.end
+        while limit > 0:
+            messages, after = self._state.log.read(position, end)
+            yield from filter(self._waits, messages)
+            if after == position:
+                return
+            limit -= _distance(position, after)
+            position = after
 
-    def _ready_entries(self) -> int:
-        return len(self.entries) - self.leased_count - self.delayed_count
-
-    def due(self, message_id: int) -> Optional[int]:
-        entry = self.entries.get(message_id)
-        return None if entry is None else int(ENTRY.unpack(entry)[1])
-
-    def _is_due(self, due_ms: int, message_id: int) -> bool:
-        return self.due(message_id) == due_ms
-
-    def _leave(self, due_ms: int) -> None:
-        """Count out an entry that is no longer leased or delayed; its heap item gets stale."""
-        if due_ms == LEASED:
-            self.leased_count -= 1
-        elif due_ms:
-            self.delayed_count -= 1
-
-    def _drop(self, message_id: int) -> None:
-        entry = self.entries.pop(message_id, None)
-        if entry is not None:
-            _, due_ms, size, _ = ENTRY.unpack(entry)
-            self._leave(due_ms)
-            if message_id < self.cursor_id:
-                self.kept -= 1
-                self.kept_bytes -= size
-                self._state.let_go(message_id, size)
-
-    def _advance(self, last: int, drop_from: int) -> None:
-        """Move the cursor over every message up to `last`; what is below `drop_from` stays."""
-        place = self.at_cursor()
-        while place and place[2].id <= last:
-            keep = place[2].id < drop_from
-            offset, end, record = self._pass(keep=keep)
-            if keep:
-                self.entries[record.id] = ENTRY.pack(offset, READY, end - offset, record.deliveries)
-                self._wait_until(record.id, READY)
-            place = self.at_cursor()
-
-    # -- what the log says
-
-    def apply_delayed(self, record: Record, offset: int, size: int) -> None:
-        """A message was put with a delay: an entry at once, for the timers to see. Not for one
-        who settled it before a compaction kept it for others."""
-        if record.id < self.cursor_id:
-            return
-        self.entries[record.id] = ENTRY.pack(offset, record.due_ms, size, record.deliveries)
-        self._wait_until(record.id, record.due_ms)
-
-    def apply_settled(self, first: int, last: int) -> None:
-        ids: Iterable[int] = range(first, last + 1)
-        if last - first >= len(self.entries):
-            ids = [id_ for id_ in self.entries if first <= id_ <= last]
-        for message_id in ids:
-            self._drop(message_id)
-        if last >= self.cursor_id:
-            self._advance(last, drop_from=first)
-
-    def apply_retry(self, message_id: int, count: int, due_ms: int) -> None:
-        if message_id not in self.entries and message_id >= self.cursor_id:
-            self._advance(message_id, drop_from=message_id + 1)
-        entry = self.entries.get(message_id)
-        if entry is not None:
-            offset, old_due_ms, size, _ = ENTRY.unpack(entry)
-            self._leave(old_due_ms)
-            self.entries[message_id] = ENTRY.pack(offset, due_ms, size, count)
-            self._wait_until(message_id, due_ms)
-
-    def apply_position(self, message_id: int) -> None:
-        """Forget all: settled below `message_id`, waiting from it on."""
-        self._reset()
-        self._state.recount()
-        log, end = self._state.log, self._state.end
-        if message_id >= self._state.next_id:
-            self.cursor_id, self.cursor_offset, self._read_offset = message_id, end, end
-            self.passed, self.passed_bytes = self._state.appended, self._state.appended_bytes
-            return
-        self._advance(message_id - 1, drop_from=0)
-        self.cursor_id = max(self.cursor_id, message_id)
-        for offset, after, record in log.scan(HEADER.size, end):
-            if record and record.type == MESSAGE and record.delay_ms and record.id >= message_id:
-                self.apply_delayed(record, offset, after - offset)
-
-    def restore(self, place: Place) -> None:
-        """Stand, from new on, where a bookmark says."""
-        self.cursor_id, self.cursor_offset = place.cursor_id, place.cursor_offset
-        self._read_offset = place.cursor_offset
-        self.passed, self.passed_bytes = place.passed, place.passed_bytes
-        for message_id, entry in place.entries.items():
-            _, due_ms, size, _ = ENTRY.unpack(entry)
-            self.entries[message_id] = entry
-            self._wait_until(message_id, due_ms)
-            if message_id < self.cursor_id:
-                self.kept += 1
-                self.kept_bytes += size
-
-    # -- what only memory knows
-
-    def tick(self, now_ms: int, limit: int) -> None:
-        """Make ready what is due, up to `limit` messages."""
-        for message_id in itertools.islice(self.delayed.pop_due(now_ms), limit):
-            self._set_due(message_id, READY)
-            self.delayed_count -= 1
-            self._wait_until(message_id, READY)
-
-    def _set_due(self, message_id: int, due_ms: int) -> None:
-        offset, _, size, count = ENTRY.unpack(self.entries[message_id])
-        self.entries[message_id] = ENTRY.pack(offset, due_ms, size, count)
-
-    def look(self) -> Optional[Message]:
-        """Return the lowest ready message. One whose bytes went bad is set aside and gone."""
-        while True:
-            ready, place = self.ready.first(), self.at_cursor()
-            if place and (ready is None or place[2].id < ready[1]):
-                offset, end, record = place
-                return as_message(record, offset, end - offset, record.deliveries)
-            if ready is None:
-                return None
-            message = self.message(ready[1])
-            if message:
-                return message
-
-    def message(self, message_id: int) -> Optional[Message]:
-        """Return the message of an entry. If its bytes went bad they are set aside, and it is
-        gone: None."""
-        offset, _, size, count = ENTRY.unpack(self.entries[message_id])
-        record = self._state.log.read(offset)
-        if record and record.id == message_id:
-            return as_message(record, offset, size, count)
-        self._state.log.set_aside(offset, offset + size)
-        self._drop(message_id)
+    def oldest_ms(self) -> Optional[int]:
+        """Return when the first message was put that is not settled; reads a few heads only."""
+        log, lowest, cursor = self._state.log, self.entries.lowest(), self.cursor
+        if lowest is not None and lowest < self.cursor_id:
+            first = log.glance(self.entries[lowest].offset)
+            return first.time_ms if first else None
+        for _ in range(GLANCES if self.held_count else 0):
+            message = log.glance(cursor)
+            if message is None or self._waits(message) or message.id in self.entries:
+                return message.time_ms if message else None
+            cursor = message.offset + message.size
         return None
 
-    def lease(self, message: Message) -> None:
-        """Take out what `look` just found."""
-        if message.id not in self.entries:
-            self._pass(keep=True)
-        self.entries[message.id] = ENTRY.pack(message.offset, LEASED, message.size,
-                                              message.delivery - 1)
-        self.leased_count += 1
+    def _waits(self, message: Message) -> bool:
+        """Tell whether a message that stands at or behind the cursor waits there."""
+        return (message.id >= self.cursor_id and not message.delay_ms
+                and message.id not in self.entries)
 
-    def lease_id(self, message_id: int) -> None:
-        """Take out a message that is ready or delayed, wherever it stands."""
-        if message_id not in self.entries:
-            self._advance(message_id, drop_from=message_id + 1)
-        if message_id in self.entries:
-            self._leave(self.due(message_id) or READY)
-            self._set_due(message_id, LEASED)
-            self.leased_count += 1
+    def drop(self, first: int, last: int) -> None:
+        """Settle the entries from `first` to `last`."""
+        self._state.let_go(self.entries.pop(first, last), self)
 
-    def upcoming(self) -> Iterator[Message]:
-        """Yield what is ready, lowest first, without taking it."""
-        entries = filter(None, map(self.message, self.ready.keys()))
-        return heapq.merge(entries, self._beyond_cursor(), key=lambda message: message.id)
+    def _forget(self, mark: Mark) -> None:
+        self._state.trash.append(self.entries)
+        self.entries = Entries()
+        self.stand_at(mark.tail, self._state.start)
+        self.cursor_id = mark.first
 
-    def _beyond_cursor(self) -> Iterator[Message]:
-        log = self._state.log
-        for offset, end, record in log.scan(self.cursor_offset, self._state.end, AHEAD_BYTES):
-            if (record and record.type == MESSAGE and record.id >= self.cursor_id
-                    and record.id not in self.entries):
-                yield as_message(record, offset, end - offset, record.deliveries)
 
-    def oldest(self) -> Optional[Record]:
-        """Return the first message that is not settled. Looks at every entry."""
-        place = self.at_cursor()             # moves the cursor over entries beyond it
-        if self.entries and (place is None or min(self.entries) < place[2].id):
-            return self._state.log.read(ENTRY.unpack(self.entries[min(self.entries)])[0])
-        return place[2] if place else None
+def _distance(before: int, after: int) -> int:
+    """Return how many bytes were read from one offset to another."""
+    return after - before if after >> SEGMENT_SHIFT == before >> SEGMENT_SHIFT else 1
 
-    def is_leased(self, message_id: int) -> bool:
-        return self.due(message_id) == LEASED
 
-    def leased_ids(self) -> List[int]:
-        return [id_ for id_ in self.entries if self.is_leased(id_)] if self.leased_count else []
+class Frozen(NamedTuple):
+    """A state as it was at one moment; nothing changes it any more."""
 
-    def spent_ids(self, max_deliveries: int) -> List[int]:
-        """Return the entries that were delivered as often as is allowed. Looks at them all."""
-        return [id_ for id_, entry in self.entries.items()
-                if ENTRY.unpack(entry)[3] >= max_deliveries]
+    head: Dict[str, Any]
+    pages: List[Page]
 
-    def catch_up(self, cursor_id: int, leased_ids: Iterable[int]) -> None:
-        """Stand where the same subscriber stands in the log that ours replaces."""
-        self._advance(cursor_id - 1, drop_from=cursor_id)
-        self.cursor_id = max(self.cursor_id, cursor_id)
-        for message_id in leased_ids:
-            if message_id in self.entries and not self.is_leased(message_id):
-                self.lease_id(message_id)
+    @property
+    def size(self) -> int:
+        """About how many bytes its lines have."""
+        return KIB + sum([2 * ENTRY.size * len(page) for page in self.pages])
 
-    def agrees_with(self, live: Subscription) -> bool:
-        """Tell whether both hold the same messages, after `catch_up`."""
-        # The cursors may differ by entries that lie beyond one of them.
-        return (self.held_count == live.held_count and self.leased_count == live.leased_count
-                and self.entries.keys() == live.entries.keys())
+    def lines(self, marks: Marks, *, clean: bool = False) -> Iterator[bytes]:
+        yield marks.head({**self.head, "clean": clean, "pages": len(self.pages)})
+        for page in self.pages:
+            yield marks.page(page)
 
 
 class State:
-    """What a log says: a pure function of its records.
+    """What a log says.
 
-    `end` is that of the last message which was applied: no subscription reads beyond it, for
-    what stands there may be on its way. Ids only grow.
+    `end` is the offset behind the last message that was applied: no subscription reads beyond
+    it. `start` is what a segment that began there would say. Ids only grow.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.next_id = log.codec.next_id
-        self.time_ms = 0                     # the highest time of a record
-        self.end = HEADER.size
-        self._recent: Deque[int] = collections.deque(maxlen=RECENT_MESSAGES)     # offsets
-        self.appended, self.appended_bytes = 0, 0
+        self.start = Start()
+        self.time_ms = 0                     # the highest time of a message
+        self.end = FIRST
         self.subscriptions: Dict[str, Subscription] = {}
-        self._held: Optional[Tuple[int, int]] = None     # by anyone of several; None: to count
-
-    def apply(self, record: Record, offset: int, size: int) -> None:
-        """Apply one record that stands at `offset`; the only way in which a state changes.
-
-        A record that names a message which the log lacks changes only the next id.
-        """
-        if record.time_ms > self.time_ms:
-            self.time_ms = record.time_ms
-        if record.type == MESSAGE:
-            if record.id >= self.next_id:
-                self.next_id = record.id + 1
-            self.appended += 1
-            self.appended_bytes += size
-            if self._held is not None:
-                self._held = self._held[0] + 1, self._held[1] + size
-            self.end = offset + size
-            self._recent.append(offset)
-            if record.delay_ms:
-                for subscription in self.subscriptions.values():
-                    subscription.apply_delayed(record, offset, size)
-        elif record.type == SETTLED:
-            last = U64.unpack_from(record.payload)[0]
-            self.subscription(record.payload[U64.size:]).apply_settled(record.id, last)
-            self.next_id = max(self.next_id, last + 1)
-        elif record.type == RETRY:
-            subscription = self.subscription(record.payload)
-            subscription.apply_retry(record.id, record.deliveries, record.due_ms)
-            self.next_id = max(self.next_id, record.id + 1)
-        elif record.type == POSITION and record.id == LEFT:
-            self.subscriptions.pop(record.payload.decode(), None)
-            self.recount()
-        elif record.type == POSITION:
-            self.subscription(record.payload).apply_position(record.id)
-            self.next_id = max(self.next_id, record.id)
-
-    def next_message(self, offset: int) -> int:
-        """Return where the next message at or behind `offset` stands if that is known, `offset`
-        if not: so nobody reads what many subscribers settled."""
-        recent = self._recent
-        if not recent or offset < recent[0]:
-            return offset
-        return recent[bisect.bisect_left(recent, offset)] if offset <= recent[-1] else self.end
-
-    def subscription(self, name: bytes) -> Subscription:
-        """Return a subscription; one whose position was lost starts where the log does."""
-        key = name.decode()
-        if key not in self.subscriptions:
-            self.subscriptions[key] = Subscription(key, self)
-            self.subscriptions[key].apply_position(0)
-        return self.subscriptions[key]
-
-    def held(self) -> Tuple[int, int]:
-        """Return the number and the bytes of the messages that anyone holds."""
-        if len(self.subscriptions) == 1:
-            only = next(iter(self.subscriptions.values()))
-            return only.held_count, only.held_bytes
-        if self._held is None:
-            self._held = self._count_held()
-        return self._held
-
-    def _count_held(self) -> Tuple[int, int]:
-        for subscription in self.subscriptions.values():
-            subscription.at_cursor()         # counts what it need not see
-        lowest = min(self.subscriptions.values(), key=lambda s: s.cursor_id)
-        below = {id_: entry for s in self.subscriptions.values()
-                 for id_, entry in s.entries.items() if id_ < lowest.cursor_id}
-        return (self.appended - lowest.passed + len(below),
-                self.appended_bytes - lowest.passed_bytes
-                + sum(ENTRY.unpack(entry)[2] for entry in below.values()))
-
-    def let_go(self, message_id: int, size: int) -> None:
-        """Count a message out if the subscriber that settled it was the last to hold it."""
-        if self._held is not None and not self.holds(message_id):
-            self._held = self._held[0] - 1, self._held[1] - size
-
-    def recount(self) -> None:
-        """What is held changed by more than one message."""
-        self._held = None
-
-    def all_held(self) -> Iterator[Message]:
-        """Yield what anyone holds, in order; reads the log from the first of it on."""
-        starts = [ENTRY.unpack(entry)[0] for s in self.subscriptions.values()
-                  for entry in s.entries.values()]
-        starts += [s.cursor_offset for s in self.subscriptions.values()]
-        for offset, end, record in self.log.scan(min(starts), self.end, AHEAD_BYTES):
-            if record and record.type == MESSAGE and self.holds(record.id):
-                yield as_message(record, offset, end - offset, record.deliveries)
-
-    def holds(self, message_id: int) -> bool:
-        """Tell whether any subscriber still needs a message."""
-        return any(s.holds(message_id) for s in self.subscriptions.values())
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.next_id, self.time_ms, self.log.tail, self.appended,
-                        self.appended_bytes, [Place.of(s) for s in self.subscriptions.values()])
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Become what a bookmark says."""
-        self.end = snapshot.tail_offset
-        self.next_id, self.time_ms = snapshot.next_id, snapshot.time_ms
-        self.appended, self.appended_bytes = snapshot.appended, snapshot.appended_bytes
-        for place in snapshot.places:
-            subscription = self.subscriptions[place.name] = Subscription(place.name, self)
-            subscription.restore(place)
-
-
-class Place(NamedTuple):
-    """A copy of what the log says of one subscription."""
-
-    name: str
-    cursor_id: int
-    cursor_offset: int
-    passed: int
-    passed_bytes: int
-    entries: Dict[int, bytes]
-
-    @classmethod
-    def of(cls, subscription: Subscription) -> Place:
-        s = subscription
-        return cls(s.name, s.cursor_id, s.cursor_offset, s.passed, s.passed_bytes,
-                   dict(s.entries))
+        self.held_count = self.held_bytes = 0            # by anyone
+        self.live: Dict[int, int] = collections.defaultdict(int)     # of it, bytes by segment
+        self.trash: List[Entries] = []       # to be let go of piece by piece
+        self._slowest: Optional[Subscription] = None     # who holds most, as far as is known
+        self._counting = False               # whether what is held is counted yet
+        self._early: Dict[str, int] = {}     # the highest copy beyond a cursor; see settle_in
+        self.sources: Set[int] = set()       # segments out of which a recovery met copies
 
     @property
-    def lowest(self) -> int:
-        """The lowest id that is not settled."""
-        return min(self.cursor_id, min(self.entries, default=self.cursor_id))
+    def next_id(self) -> int:
+        return self.start.next_id
 
-    def holds(self, message_id: int) -> bool:
-        return message_id >= self.cursor_id or message_id in self.entries
+    def see_id(self, id_: int) -> None:
+        """No id up to this one is given from now on."""
+        if id_ >= self.start.next_id:
+            self.start = self.start._replace(next_id=id_ + 1)
 
-    @classmethod
-    def union(cls, places: Sequence[Place]) -> Place:
+    # -- apply: the only way in which a state changes
+
+    def apply(self, messages: Sequence[Message]) -> None:
+        """Apply messages that stand one behind the other."""
+        if not messages:
+            return
+        first, last = messages[0], messages[-1]
+        self.time_ms = max(self.time_ms, last.time_ms)
+        is_new = first.id >= self.next_id and last.id - first.id == len(messages) - 1
+        if is_new and not sum([message.delay_ms for message in messages]):
+            size = last.offset + last.size - first.offset
+            self.start = Start(last.id + 1, self.start.puts + len(messages),
+                               self.start.put_bytes + size)
+            self.hold(len(messages), size, first.offset)
+        else:
+            for message in messages:
+                self._apply_one(message)
+        self.end = last.offset + last.size
+
+    def _apply_one(self, message: Message) -> None:
+        """Apply a message with a delay, which is an entry at once, or a copy of one that has to
+        be freed: it moves the entries that there are."""
+        id_, is_new = message.id, message.id >= self.next_id
+        self.time_ms = max(self.time_ms, message.time_ms)
+        if is_new:
+            plain = not message.delay_ms
+            self.start = Start(id_ + 1, self.start.puts + plain,
+                               self.start.put_bytes + plain * message.size)
+            self.hold(1, message.size, message.offset)
+            if plain:
+                return
+        moved = None
+        for subscription in self.subscriptions.values():
+            entry = subscription.entries.get(id_)
+            if entry:
+                moved = entry[1]
+                subscription.entries.put(id_, message.offset, entry[2], entry[3], entry[4])
+            elif id_ >= subscription.cursor_id:
+                if not is_new:               # out of a segment that is not passed: of any of them
+                    self.sources.update(n for n in self.log.segments
+                                        if n >= subscription.cursor >> SEGMENT_SHIFT)
+                if not message.delay_ms:
+                    self._early[subscription.name] = max(id_, self._early.get(subscription.name, 0))
+                subscription.entries.put(id_, message.offset, message.due_ms, message.size, 0)
+        if moved is not None and not is_new:
+            if not self._counting:
+                self.sources.add(moved >> SEGMENT_SHIFT)
+            self.live[moved >> SEGMENT_SHIFT] -= message.size
+            self.live[message.offset >> SEGMENT_SHIFT] += message.size
+
+    def apply_mark(self, mark: Mark) -> None:
+        if mark.subscriber not in self.subscriptions:    # its place was lost: from the start on
+            self.subscriptions[mark.subscriber] = Subscription(mark.subscriber, self)
+        self.subscriptions[mark.subscriber].apply(mark)
+        self.see_id(mark.first - 1 if mark.kind == POSITION else mark.last)
+
+    # -- what is held
+
+    def hold(self, count: int, size: int, offset: int) -> None:
+        self.held_count += count
+        self.held_bytes += size
+        self.live[offset >> SEGMENT_SHIFT] += size
+
+    def let_go(self, entries: Sequence[Tuple[int, ...]], by: Subscription) -> None:
+        """Count out what the subscriber that settled it was the last to hold."""
+        if not self._counting:
+            return
+        if len(self.subscriptions) > 1:
+            entries = [entry for entry in entries if not self._is_held_by_others(entry[0], by)]
+        for _, offset, _, size, _ in entries:
+            self.live[offset >> SEGMENT_SHIFT] -= size
+            self.held_bytes -= size
+        self.held_count -= len(entries)
+
+    def _is_held_by_others(self, id_: int, by: Subscription) -> bool:
+        slowest = self._slowest
+        if slowest and slowest is not by and (id_ >= slowest.cursor_id or id_ in slowest.entries):
+            return True
+        for subscription in self.subscriptions.values():
+            if subscription is not by and (id_ >= subscription.cursor_id
+                                           or id_ in subscription.entries):
+                self._slowest = subscription
+                return True
+        return False
+
+    def count_anew(self) -> None:
+        """What is held is not what was counted; a recovery counts at its end."""
+        if self._counting:
+            self.recount()
+
+    def recount(self) -> None:
+        """Count what is held, and where it stands; reads nothing, but looks at every entry."""
+        self.held_count = self.held_bytes = 0
+        self.live, self._slowest = collections.defaultdict(int), None
+        if not self.subscriptions:
+            return
+        lowest = min(self.subscriptions.values(), key=lambda s: s.cursor)
+        seen: Set[int] = set()
+        for subscription in self.subscriptions.values():
+            for id_, offset, _, size, _ in subscription.entries:
+                if (id_ < lowest.cursor_id or subscription is lowest) and id_ not in seen:
+                    if len(self.subscriptions) > 1:
+                        seen.add(id_)
+                    self.live[offset >> SEGMENT_SHIFT] += size
+                    self.held_bytes += size
+                    self.held_count += 1
+        done = lowest.passed, lowest.passed_bytes
+        for number in [n for n in self.log.segments if n >= lowest.cursor >> SEGMENT_SHIFT]:
+            following = self.log.after(number)
+            end = self.start_of(following >> SEGMENT_SHIFT) if following else self.start
+            if end.puts > done[0]:
+                self.hold(end.puts - done[0], end.put_bytes - done[1], number << SEGMENT_SHIFT)
+                done = end.puts, end.put_bytes
+        self._counting = True
+
+    def start_of(self, number: int) -> Start:
+        """Return what was put before a segment; one that a kill left emptied held nothing."""
+        starts = (s.start for n, s in self.log.segments.items() if n >= number and s.start)
+        return next(starts, self.start)
+
+    # -- the whole
+
+    def freeze(self) -> Frozen:
+        """Copy the state; what costs time is left for later."""
+        pages: List[Page] = []
+        places = []
+        for s in self.subscriptions.values():
+            own = list(filter(None, s.entries.freeze().values()))
+            pages += own
+            places.append([s.name, s.cursor_id, s.cursor, s.passed, s.passed_bytes, len(own)])
+        head = {"log_id": self.log.codec.log_id.hex(), "marker": self.log.codec.marker.hex(),
+                "time_ms": self.time_ms, "tail": self.log.tail, "highest": self.log.highest,
+                "start": list(self.start), "subscriptions": places}
+        return Frozen(head, pages)
+
+    def restore(self, head: Mapping[str, Any], pages: List[Page]) -> None:
+        """Become what a snapshot says."""
+        self.end, self.time_ms, self.start = head["tail"], head["time_ms"], Start(*head["start"])
+        at = 0
+        for name, cursor_id, cursor, passed, passed_bytes, count in head["subscriptions"]:
+            s = self.subscriptions[name] = Subscription(name, self)
+            s.stand_at(cursor, Start(cursor_id, passed, passed_bytes))
+            s.entries = Entries({next(iter(page)) >> PAGE_SHIFT: page
+                                 for page in pages[at:at + count]})
+            at += count
+
+    def mend_starts(self) -> None:
+        """Find out, before all else, what damaged starts of segments said: what is wrong about
+        where a segment's messages stand has it freed too early."""
+        before = None
+        for segment in self.log.segments.values():
+            if segment.start == UNKNOWN:
+                self.log.mend_start(segment, self._start_behind(before))
+            before = segment if segment.start else None
+
+    def _start_behind(self, segment: Optional[Segment]) -> Start:
+        """Return what a segment behind this one begins with."""
+        start = segment.start if segment else None
+        if segment is None or start is None:
+            return Start()
+        position, end = segment.base | FIRST, segment.base | segment.end
+        while True:
+            messages, after = self.log.read(position, end, LOG_CHUNK_BYTES)
+            for message in messages:
+                if message.id >= start.next_id:          # put here, no copy
+                    plain = not message.delay_ms
+                    start = Start(message.id + 1, start.puts + plain,
+                                  start.put_bytes + plain * message.size)
+            if after == position or after >> SEGMENT_SHIFT != segment.number:
+                return start
+            position = after
+
+    def begin(self, subscribers: Sequence[str], first: int) -> None:
+        """Without any marks: everything waits that the data, from `first` on, holds."""
+        self.end = first
+        for name in subscribers:
+            s = self.subscriptions[name] = Subscription(name, self)
+            s.stand_at(first, self.start_of(first >> SEGMENT_SHIFT))
+            s.cursor_id = 0                  # copies of what was put before wait as well
+
+    def is_dead(self, number: int) -> bool:
+        """Tell whether nobody needs a segment, ever again: none of it is held, and, which should
+        say the same, each cursor has passed all that was put there."""
+        puts = self.start_of(number + 1).puts
+        return not self.live.get(number) and (puts == self.start_of(number).puts or all(
+            s.passed >= puts for s in self.subscriptions.values()))
+
+    def leave(self, number: int) -> None:
+        """Have no cursor in a segment that holds nothing; it is about to go."""
+        self.live.pop(number, None)
+        following = self.log.after(number)
+        for s in self.subscriptions.values():
+            if following is not None and s.cursor >> SEGMENT_SHIFT == number:
+                s.stand_at(following, self.start_of(following >> SEGMENT_SHIFT))
+
+    def settle_in(self) -> None:
+        """Make good, at the end of a recovery, what the files do not hold any more, and count."""
+        ends = {number: segment.base | segment.end for number, segment in self.log.segments.items()}
+        for subscription in self.subscriptions.values():
+            gone = [id_ for id_, offset, _, size, _ in subscription.entries
+                    if offset + size > ends.get(offset >> SEGMENT_SHIFT, 0)]
+            for id_ in gone:                 # it was settled
+                subscription.entries.pop(id_, id_)
+            self._mend_cursor(subscription)
+            early_id = self._early.get(subscription.name, 0)
+            subscription.advance(early_id, early_id + 1)     # so that none is counted twice
+        self.recount()
+
+    def _mend_cursor(self, subscription: Subscription) -> None:
+        """A cursor whose segment is gone comes to the next one; one beyond the tail to it."""
+        cursor = subscription.cursor
+        segment = self.log.segments.get(cursor >> SEGMENT_SHIFT)
+        if cursor > self.end:
+            subscription.stand_at(self.end, self.start)
+        elif segment is None or segment.start is None or cursor & POSITION_MASK > segment.end:
+            following = self.log.after(cursor >> SEGMENT_SHIFT)
+            if following is None:
+                subscription.stand_at(self.end, self.start)
+            else:
+                subscription.stand_at(following, self.start_of(following >> SEGMENT_SHIFT))
+
+    def place(self, subscribers: Sequence[str]) -> Tuple[List[str], List[str]]:
+        """Have these subscribers, and no others; return who joined and who left. A new one starts
+        from now on. Where a fifo queue becomes a broadcast queue, or the other way, each gets
+        what anyone had not settled."""
+        known = self.subscriptions
+        new = [name for name in subscribers if name not in known]
+        left = [name for name in known if name not in subscribers]
+        if left and (FIFO in left or FIFO in subscribers):
+            union = self._union([known[FIFO]] if FIFO in left else list(known.values()))
+            for name in new:
+                known[name] = self._like(union, name)
+        else:
+            for name in new:
+                known[name] = Subscription(name, self)
+                known[name].stand_at(self.end, self.start)
+        for name in left:
+            del known[name]
+        if new or left:
+            self.recount()
+        return new, left
+
+    def _like(self, other: Subscription, name: str) -> Subscription:
+        copy = Subscription(name, self)
+        copy.stand_at(other.cursor, Start(other.cursor_id, other.passed, other.passed_bytes))
+        copy.entries = Entries(other.entries.freeze())
+        return copy
+
+    def _union(self, subscriptions: Sequence[Subscription]) -> Subscription:
         """Return the place of one who needs what any of these needs, as early as any of them,
         and counts as few deliveries."""
-        lowest = min(places, key=lambda place: place.cursor_id)
-        entries: Dict[int, bytes] = {}
-        for message_id in {id_ for place in places for id_ in place.entries}:
-            found = [place.entries.get(message_id) for place in places if place.holds(message_id)]
-            if None not in found:
-                offset, due_ms, size, count = map(
-                    min, zip(*(ENTRY.unpack(entry) for entry in found if entry)))
-                entries[message_id] = ENTRY.pack(offset, due_ms, size, count)
-        return lowest._replace(entries=entries)
+        lowest = min(subscriptions, key=lambda s: s.cursor_id)
+        union = self._like(lowest, FIFO)
+        for id_ in sorted({entry[0] for s in subscriptions for entry in s.entries}):
+            found = [s.entries.get(id_) for s in subscriptions]
+            place = next(entry for entry in found if entry)
+            if id_ >= union.cursor_id and id_ not in lowest.entries:
+                message = self.log.glance(place.offset)
+                if message and not message.delay_ms:     # it waits at the cursor
+                    continue
+            waits = any(entry is None and id_ >= s.cursor_id
+                        for s, entry in zip(subscriptions, found))
+            due_ms = 0 if waits else min(entry[2] for entry in found if entry)
+            count = 0 if waits else min(entry[4] for entry in found if entry)
+            union.entries.put(id_, place[1], due_ms, place[3], count)
+        return union
 
-    def records(self, name: str, now_ms: int) -> Iterator[Record]:
-        """Yield what puts a new subscriber into this place."""
-        after = self.lowest
-        yield position(after, name, now_ms)
-        for message_id in sorted(id_ for id_ in self.entries if id_ < self.cursor_id):
-            if message_id > after:
-                yield settled(after, message_id - 1, name, now_ms)
-            after = message_id + 1
-        if after < self.cursor_id:
-            yield settled(after, self.cursor_id - 1, name, now_ms)
-        yield from self.retries(name, now_ms)
+    def recover(self, marks: Sequence[Mark], start: int) -> None:
+        """Apply what stands behind a snapshot: each mark at the tail of the data it was made at,
+        wherever it happens to be read."""
+        messages: List[Message] = []
+        position, done = start, 0
+        if start & POSITION_MASK <= FIRST:
+            self._enter(start >> SEGMENT_SHIFT)
+        for mark in [*marks, None]:
+            until = mark.tail if mark else self.log.tail
+            while True:
+                ready = done
+                while ready < len(messages) and messages[ready].offset < until:
+                    ready += 1
+                self.apply(messages[done:ready])
+                done = ready
+                if done < len(messages) or position >= until:
+                    break
+                messages, after = self.log.read(position, self.log.tail, LOG_CHUNK_BYTES)
+                done = 0
+                if after == position:
+                    break
+                if after >> SEGMENT_SHIFT > position >> SEGMENT_SHIFT:
+                    self._enter(after >> SEGMENT_SHIFT)
+                position = after
+            if mark:
+                self.apply_mark(mark)
+        self.end = min(max(self.end, position), self.log.tail)       # or readers wait for ever
 
-    def retries(self, name: str, now_ms: int) -> Iterator[Record]:
-        """Yield what is to be known of entries besides that they wait."""
-        for message_id, entry in sorted(self.entries.items()):
-            _, due_ms, _, count = ENTRY.unpack(entry)
-            due_ms = READY if due_ms == LEASED else due_ms
-            if count or due_ms:
-                yield retry(message_id, count, due_ms, name, now_ms)
-
-    def to_json(self) -> Dict[str, Any]:
-        packed = bytearray()
-        for message_id, entry in self.entries.items():
-            offset, due_ms, size, count = ENTRY.unpack(entry)
-            due_ms = READY if due_ms == LEASED else due_ms
-            packed += U64.pack(message_id) + ENTRY.pack(offset, due_ms, size, count)
-        return dict(self._asdict(), entries=base64.b64encode(zlib.compress(packed, 1)).decode())
-
-    @classmethod
-    def of_json(cls, value: Dict[str, Any]) -> Place:
-        packed = zlib.decompress(base64.b64decode(value["entries"]))
-        step = U64.size + ENTRY.size
-        entries = {U64.unpack_from(packed, at)[0]: packed[at + U64.size:at + step]
-                   for at in range(0, len(packed), step)}
-        return cls(**{**value, "entries": entries})
-
-
-class Snapshot(NamedTuple):
-    """A copy of a state, made under the lock and used without it."""
-
-    next_id: int
-    time_ms: int
-    tail_offset: int
-    appended: int
-    appended_bytes: int
-    places: List[Place]
-
-    def to_json(self) -> Dict[str, Any]:
-        head = min((place.cursor_offset for place in self.places), default=self.tail_offset)
-        return dict(self._asdict(), head_offset=head,
-                    places=[place.to_json() for place in self.places])
-
-    @classmethod
-    def of_json(cls, value: Dict[str, Any]) -> Snapshot:
-        places = [Place.of_json(place) for place in value["places"]]
-        return cls(**{**{name: value[name] for name in cls._fields}, "places": places})
+    def _enter(self, number: int) -> None:
+        """Go on with what a segment's first record says."""
+        segment = self.log.segments[number]
+        if segment.start:
+            self.start = segment.start._replace(next_id=max(self.next_id, segment.start.next_id))
 
 
 # ---- Queue --------------------------------------------------------------------------------
-# A lock, a log and its subscriptions. A fifo queue has one subscription, by the empty name.
+# A lock, a log, its state, and what only memory knows: who holds a message, who waits for one.
 
-NEVER = 1 << 62                  # a time (ms) that does not come
 MAX_SLEEP_MS = 1 << 31           # what a wait for a condition can bear
 AT_ONCE = 1000                   # messages whose time has come that one hold of the lock sees
+AT_ONCE_LEASES = 16              # a lease may have a thousand messages
+KEY_BITS = 96                    # of a lease's key
+TAR_BLOCK_BYTES, TAR_END_BYTES = 512, 1024
+PIECE_BYTES = 256 * KIB          # of a stream: so much of it is in memory
+EMPTY_BYTES = FIRST + HEAD.size + START_PAYLOAD.size     # of a segment without messages
+
+
+class Deadlines:
+    """Deadlines (ms), each with a key, in buckets. A bucket that has begun goes into a small heap,
+    a bounded number of keys at a time; a deadline is stale, and is dropped then, if `deadline_of`
+    its key is another one. So nothing is ever looked through as a whole."""
+
+    def __init__(self, deadline_of: Callable[[int], Optional[int]]) -> None:
+        self._deadline_of = deadline_of
+        self._buckets: Dict[int, List[int]] = {}
+        self._order: List[int] = []          # heap of the buckets' numbers
+        self._soon: List[Tuple[int, int]] = []           # heap of (deadline, key)
+
+    def add(self, deadline_ms: int, *keys: int) -> None:
+        """Note the deadline of one key, or of several."""
+        number = deadline_ms >> BUCKET_SHIFT
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            heapq.heappush(self._order, number)          # first: without it nobody finds the bucket
+            bucket = self._buckets[number] = []
+        bucket += keys
+
+    def is_due(self, now_ms: int) -> bool:
+        """Tell whether `pop_due` may find something; cheap."""
+        return bool((self._order and self._order[0] << BUCKET_SHIFT <= now_ms)
+                    or (self._soon and self._soon[0][0] <= now_ms))
+
+    def next_ms(self) -> int:
+        """Return when there may be something due; NEVER without any."""
+        bucket_ms = self._order[0] << BUCKET_SHIFT if self._order else NEVER
+        return min(bucket_ms, self._soon[0][0] if self._soon else NEVER)
+
+    def pop_due(self, now_ms: int, limit: int) -> List[int]:
+        """Take out and return keys whose deadline has come, looking at `limit` keys or so."""
+        due: Dict[int, None] = {}            # a key may stand there twice
+        while limit > 0 and self._order and self._order[0] << BUCKET_SHIFT <= now_ms:
+            bucket = self._buckets[self._order[0]]
+            while bucket and limit > 0:
+                key, limit = bucket.pop(), limit - 1
+                deadline_ms = self._deadline_of(key)
+                if deadline_ms is not None and deadline_ms >> BUCKET_SHIFT == self._order[0]:
+                    heapq.heappush(self._soon, (deadline_ms, key))
+            if not bucket:
+                del self._buckets[heapq.heappop(self._order)]
+        while limit > 0 and self._soon and self._soon[0][0] <= now_ms:
+            deadline_ms, key = heapq.heappop(self._soon)
+            limit -= 1
+            if self._deadline_of(key) == deadline_ms:
+                due[key] = None
+        return list(due)
+
+
+class LowestFirst:
+    """A heap of ids, by pages as those of the entries, so that what became stale goes page by
+    page: an id is stale if it is not `is_ready`, a page if it is not `has_page`."""
+
+    def __init__(self, is_ready: Callable[[int], bool], has_page: Callable[[int], bool]) -> None:
+        self._is_ready, self._has_page = is_ready, has_page
+        self._pages: Dict[int, List[int]] = {}
+        self._order: List[int] = []
+
+    def add(self, id_: int) -> None:
+        page = self._pages.get(id_ >> PAGE_SHIFT)
+        if page is None:
+            heapq.heappush(self._order, id_ >> PAGE_SHIFT)
+            page = self._pages[id_ >> PAGE_SHIFT] = []
+        heapq.heappush(page, id_)
+
+    def first(self) -> Optional[int]:
+        while self._order:
+            page = self._pages[self._order[0]]
+            while page and self._has_page(page[0]):
+                if self._is_ready(page[0]):
+                    return page[0]
+                heapq.heappop(page)
+            del self._pages[heapq.heappop(self._order)]
+        return None
+
+    def all(self) -> Iterator[int]:
+        """Yield all that are ready, lowest first; nothing may change meanwhile."""
+        for number in sorted(self._order):
+            for id_ in sorted(set(self._pages[number])):
+                if self._is_ready(id_):
+                    yield id_
 
 
 class Clock:
@@ -1732,7 +2744,7 @@ class Space:
     """
 
     def __init__(self, path: str, min_free_bytes: int) -> None:
-        self._path, self._min_free_bytes = path, min_free_bytes
+        self._path, self.min_free_bytes = path, min_free_bytes
         self.left = 0
 
     def free_bytes(self) -> int:
@@ -1743,7 +2755,11 @@ class Space:
         return status.f_bavail * status.f_frsize
 
     def look(self) -> None:
-        self.left = self.free_bytes() - self._min_free_bytes
+        self.left = self.free_bytes() - self.min_free_bytes
+
+    def is_low(self) -> bool:
+        """Tell whether there may be no room for what is dead: then it is to go soon."""
+        return self.left < 0 or self.free_bytes() - self.min_free_bytes < DEAD_BYTES
 
     def use(self, size: int) -> None:
         """Count bytes that are about to be written. Raises ApiError 503 if there is no room."""
@@ -1752,7 +2768,9 @@ class Space:
             self.look()
             self.left -= size
             if self.left < 0:
-                raise ApiError(503, "The disk is nearly full (min_free_bytes); try again later")
+                self.left += size
+                raise ApiError(503, "The disk is too full for this put (min_free_bytes); nothing "
+                                    "was queued, try again later")
 
 
 class Budget:
@@ -1808,20 +2826,22 @@ class Delivery(NamedTuple):
 
     subscriber: str
     messages: Sequence[Message]
+    counts: Sequence[int]                    # of earlier deliveries, of each
+    ids: Sequence[int] = ()
     lease: Optional[int] = None
     as_lines: bool = False
     held: int = 0                            # of the budget: its bytes, or 0 if they are few
-
-    def without_payloads(self) -> Delivery:
-        """Return what is enough to settle it."""
-        return self._replace(messages=[m._replace(payload=b"") for m in self.messages])
 
 
 class Lease(NamedTuple):
     """Messages in a consumer's hands until a deadline, in the queue's time."""
 
-    out: Sequence[Tuple[int, int]]           # (id, number of this delivery)
+    ids: Sequence[int]
     deadline_ms: int
+
+
+class Behind(Exception):
+    """There is more to be read, or to expire, than one hold of the lock may."""
 
 
 _waiter_keys = itertools.count()
@@ -1845,31 +2865,120 @@ def no_room(*, close: bool = False) -> ApiError:
                     close=close)
 
 
+class Stream:
+    """Bytes that are too many to be held: `size` of them, in pieces, which are read elsewhere than
+    where they are sent. `close` it if it is not read to its end."""
+
+    def __init__(self, size: int, pieces: Iterator[bytes]) -> None:
+        self.size, self._pieces = size, pieces
+        next(pieces)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self) -> bytes:
+        """Return the next piece, PIECE_BYTES at most, b"" at the end. Blocks for the disk."""
+        parts: List[bytes] = []
+        size = 0
+        for part in self._pieces:
+            parts.append(part)
+            size += len(part)
+            if size > PIECE_BYTES // 2:      # no part is larger than this
+                break
+        return b"".join(parts)
+
+    def close(self) -> None:
+        self._pieces.close()                 # type: ignore[attr-defined]
+
+
+def _tar_head(name: str, size: int) -> bytes:
+    import tarfile                           # only here: it costs a MiB of memory
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = size, int(time.time()), 0o600
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _tar_end(size: int) -> bytes:
+    return bytes(-size % TAR_BLOCK_BYTES)
+
+
+def _tar_bytes(size: int) -> int:
+    return TAR_BLOCK_BYTES + size + len(_tar_end(size))
+
+
 class Consumers:
-    """Who holds or awaits the messages of one subscriber, and what became of them: memory only.
-    The queue's lock guards it."""
+    """Who holds or awaits the messages of one subscription: all that only memory knows of it.
+    The queue's lock guards it.
 
-    def __init__(self) -> None:
+    A message that the subscription holds is leased if its id is in `out`; else delayed, if its
+    entry has a due time; else ready. What is ready is at or behind the cursor, or in `ready`.
+    """
+
+    def __init__(self, subscription: Subscription) -> None:
+        self.subscription = subscription
         self.dead_lettered_total = 0
-        self.leases: Dict[int, Lease] = {}
         self.waiters: collections.OrderedDict[int, Waiter] = collections.OrderedDict()
-        self.lease_deadlines = Deadlines(self._is_leased, lambda: len(self.leases))
-        self.waiter_deadlines = Deadlines(self._is_waiting, lambda: len(self.waiters))
+        self.waiter_deadlines = Deadlines(
+            lambda key: self.waiters[key].deadline_ms if key in self.waiters else None)
+        self.forget()
+        for due_ms, entries in itertools.groupby(subscription.entries, lambda entry: entry[2]):
+            self.note([entry[0] for entry in entries], due_ms)
 
-    def _is_leased(self, deadline_ms: int, key: int) -> bool:
-        lease = self.leases.get(key)
-        return lease is not None and lease.deadline_ms == deadline_ms
+    def forget(self) -> None:
+        """Nothing is out, and nothing is an entry."""
+        self.out: Set[int] = set()           # in someone's hands: leased, on its way, or dying
+        self.leases: Dict[int, Lease] = {}
+        self.lease_deadlines = Deadlines(
+            lambda key: self.leases[key].deadline_ms if key in self.leases else None)
+        self.ready = LowestFirst(self._is_ready, lambda id_: self.entries.has_page(id_))
+        self.delayed = Deadlines(lambda id_: self.entries.due(id_) or None)
 
-    def _is_waiting(self, deadline_ms: int, key: int) -> bool:
-        return key in self.waiters
+    @property
+    def entries(self) -> Entries:
+        return self.subscription.entries
+
+    def note(self, ids: Iterable[int], due_ms: int) -> None:
+        """Note of entries that are not out that they are ready, or when they will be."""
+        if due_ms:
+            self.delayed.add(due_ms, *ids)
+        else:
+            for id_ in ids:
+                self.ready.add(id_)
+
+    def take_back(self, ids: Iterable[int], due_ms: int) -> None:
+        """What was out is ready, or delayed, again."""
+        self.out.difference_update(ids)
+        self.note(ids, due_ms)
+
+    def end_delays(self, now_ms: int) -> None:
+        """What was delayed until now is ready; as much as one hold of the lock may."""
+        for id_ in self.delayed.pop_due(now_ms, AT_ONCE):
+            _, offset, _, size, deliveries = self.entries[id_]
+            self.entries.put(id_, offset, 0, size, deliveries)
+            self.ready.add(id_)
+
+    def _is_ready(self, id_: int) -> bool:
+        return id_ not in self.out and self.entries.due(id_) == 0
+
+    @property
+    def ready_count(self) -> int:
+        return self.subscription.held_count - len(self.out) - self.entries.delayed
+
+    def hold(self, id_: int) -> None:
+        """Take out an entry, ready or delayed."""
+        entry = self.entries.get(id_)
+        if entry and entry[2]:
+            self.entries.put(id_, entry[1], 0, entry[3], entry[4])
+        self.out.add(id_)
 
     def add_lease(self, key: int, lease: Lease) -> None:
+        self.lease_deadlines.add(lease.deadline_ms, key)     # first: none is without an end
         self.leases[key] = lease
-        self.lease_deadlines.add(lease.deadline_ms, key)
 
-    def add_waiter(self, waiter: Waiter) -> None:
+    def add_waiter(self, waiter: Waiter, deadline_ms: int) -> None:
+        self.waiter_deadlines.add(deadline_ms, waiter.key)
         self.waiters[waiter.key] = waiter
-        self.waiter_deadlines.add(waiter.deadline_ms, waiter.key)
+        waiter.deadline_ms = deadline_ms
 
 
 def is_line(payload: bytes) -> bool:
@@ -1877,28 +2986,37 @@ def is_line(payload: bytes) -> bool:
     return b"\r" not in payload and payload.find(b"\n", 0, -1) < 0 and payload != b"\n"
 
 
-def choose(ready: Iterable[Message], wish: Wish) -> Iterator[Message]:
-    """Yield what of the ready messages makes one delivery; what is no line comes alone."""
-    size = 0
-    for number, message in enumerate(ready, 1):
-        payload = message.payload
-        line = wish.lines > 0 and is_line(payload)
-        size += len(payload) + 1
-        if number > 1 and (not line or size > wish.max_bytes):
-            return
-        yield message
-        if not line or number >= wish.lines:
-            return
+class Covered(NamedTuple):
+    """What the last snapshot covers: as much is not to be read by the next start."""
+
+    copies: int = 0                          # made until it was frozen
+    put_bytes: int = 0
+    passed_bytes: Mapping[str, int] = {}     # by subscriber
+
+
+def lines_in(messages: Sequence[Message], room: int) -> int:
+    """Return how many messages, from the first on, can travel as lines within so many bytes."""
+    payloads = [message.payload for message in messages]
+    joined = b"".join(payloads)
+    if len(joined) + len(payloads) <= room and b"\n" not in joined and b"\r" not in joined:
+        return len(payloads)                 # nearly always, and quickly told
+    for count, payload in enumerate(payloads):
+        room -= len(payload) + 1
+        if room < 0 or not is_line(payload):
+            return count
+    return len(payloads)
 
 
 class Turn:
-    """A hold of a queue's lock; at its end, those who waited for what became ready get it."""
+    """Stands around a hold of a queue's lock, `with _turn, lock`: behind it, those who
+    waited for what became ready get it. The lock itself lets go without a call that might find no
+    memory."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
 
     def __enter__(self) -> None:
-        self._queue.lock.acquire()
+        pass
 
     def __exit__(self, *_: object) -> None:
         self._queue.end_turn()
@@ -1907,16 +3025,15 @@ class Turn:
 class Queue:
     """One durable queue.
 
-    `lock` guards the state, the consumers, the log's tail and the counters. `_maintenance`
-    keeps bookmark and compaction apart and is taken before `lock`. All methods may be called
-    by any thread.
-    1. A message is LEASED in its subscription while it is in a lease, in a delivery that the
-       server settles, or among the `_dead`. None of these outlives the process.
+    `lock` guards the state, the consumers, the log's tail and the counters. All methods may be
+    called by any thread, but for those that yield `Steps`: only one thread does those.
+    1. A message is in `Consumers.out` while it is in a lease, in a delivery that the server
+       settles, or among the `_dying`. None of these outlives the process.
     2. Nobody waits for what is ready: whoever makes something ready takes a `_turn`, and notes
        in `_touched` for whom.
     3. What is not above `_expired_id` is older than `ttl` and never becomes ready.
     4. What is staged for the end of the round changes nothing until `flush` writes and applies
-       it: a message that was settled is LEASED until then.
+       it: a message that was settled is out until then.
     """
 
     def __init__(self, config: QueueConfig, folder: str, *, fsync: str = "always",
@@ -1924,13 +3041,15 @@ class Queue:
                  storage: Optional[Storage] = None, space: Optional[Space] = None,
                  budget: Optional[Budget] = None, staging: Optional[Set[Queue]] = None,
                  lead: Callable[[Log], None] = Log.lead,
-                 wake_at: Callable[[int], None] = lambda _: None) -> None:
+                 wake_at: Callable[[int], None] = lambda _: None,
+                 call_upkeep: Callable[[], None] = lambda: None) -> None:
         self.config, self.subscribers = config, subscribers
         self._wake_at = wake_at              # is told when (monotonic ms) to call `tick`
+        self._call_upkeep = call_upkeep      # is told when there is something for it to do now
         self._lead = lead                    # has a log's `lead` called
         self._staging = staging              # queues to flush; None: each call writes at once
         self.space, self._budget = space or Space(folder, 0), budget or Budget()
-        self.lock, self._maintenance = threading.Lock(), threading.Lock()
+        self.lock = threading.Lock()
         self.log = Log(folder, fsync, storage)
         self.state = State(self.log)
         self.in_total = self.out_total = self.redelivered_total = self.compactions_total = 0
@@ -1938,96 +3057,104 @@ class Queue:
         self.content_type = b"Content-Type: %b\r\n" % config.content_type.encode()
         self._clock = clock or Clock()
         self._epoch_ms = 0                   # the queue's time when the monotonic clock was 0
-        self.unlogged = 0                    # notes that a full disk kept out of the log
+        self.owed = 0                        # marks that a full disk kept out of the log
         self._closed = False
         self._limited = config.max_messages is not None or config.max_bytes is not None
         self._turn = Turn(self)
-        self._consumers = {name: Consumers() for name in subscribers}
+        self._consumers: Dict[str, Consumers] = {}
         self._awaited: Set[str] = set()      # subscribers with waiters
         self._touched: Set[str] = set()      # those for whom something may have become ready
-        self._answers: List[Tuple[Waiter, Optional[Delivery]]] = []
+        self._answers: Deque[Tuple[Waiter, Optional[Delivery]]] = collections.deque()
         self._puts: List[Put] = []           # staged; see flush
         self._staged_bytes = self._staged_count = 0
         self._settled: Dict[str, List[int]] = {}         # staged ids by subscriber
-        self._dead: Dict[Tuple[str, int], bool] = {}     # to be dead-lettered, in order
+        self._dying: Dict[Tuple[str, int], bool] = {}    # to be dead-lettered, in order
         self._expired_id = 0
-        self._expiry_offset = HEADER.size    # of the first message that did not expire yet
+        self._expiry_at = FIRST              # offset of the first message that did not expire yet
         self._expiry_ms = 0 if config.ttl else NEVER     # when it does; 0: to be found out
-        self._bookmark_tail = self._bookmark_bytes = 0
-        self._compact_after_ms = 0
-        self._undying_bytes = 0              # what the last compaction wrote besides messages
+        self._covered = Covered()
+        self._copies = 0                     # made ever
+        self._is_unready = False             # no next segment could be made
+        self._copied: Dict[int, int] = {}    # by segment, the number of the last copy out of it
 
     # -- life
 
     def recover(self) -> None:
         """Load the log that `log.lock()` locked, and come to the state that it tells."""
-        with self.lock:
-            new = self.log.load()
-            self.state = State(self.log)
-            start, clean = self._load_bookmark()
-            self.log.recover(start, self.state.apply)
-            if not (new or clean):           # ids of records that are lost may have been seen
-                self.state.next_id += ID_GAP
-            self._epoch_ms = (max(self._clock.wall_ms(), self.state.time_ms)
-                              - self._clock.monotonic_ms())
-            try:
-                self._meet_subscribers_locked()
-            except ApiError:
-                raise StorageError(f"{self.log.folder}: the disk is full; free some space, then "
-                                   "start again") from None
-            self._expel_spent_locked()
-        if not self.bookmark():              # a crash from here on is no clean stop
-            with contextlib.suppress(FileNotFoundError):
-                self.log.storage.unlink(os.path.join(self.log.folder, META_NAME))
-            self.log.storage.fsync_folder(self.log.folder)
-        event(logging.INFO, "recovered", queue=self.config.name,
-              messages=self.state.held()[0], scanned_bytes=self.log.tail - start)
-
-    def _meet_subscribers_locked(self) -> None:
-        """Place the subscribers that are new, let go of those that left. A new one starts from
-        now on; after damage where the log does, for its position may be what is lost."""
-        known, now_ms = self.state.subscriptions, self.now_ms()
-        left = [name for name in known if name not in self.subscribers]
-        new = [name for name in self.subscribers if name not in known]
-        if left and (FIFO in left or FIFO in self.subscribers):
-            self._switch_kind_locked(now_ms)
+        log, state = self.log, State(self.log)
+        is_new = log.load()
+        self.state = state
+        state.mend_starts()
+        head, pages, marks = log.read_marks()
+        first = next((s.base for s in log.segments.values() if s.start), 0) | FIRST
+        start = head["tail"] if head else first
+        if head:
+            state.restore(head, pages)
         else:
-            start = 0 if self.log.corrupt_records else self.state.next_id
-            self._place_locked([position(start, name, now_ms) for name in new])
-        self._place_locked([position(LEFT, name, now_ms) for name in left])
-        for what, names in (("joined", new), ("left", left)):
+            state.begin(self.subscribers, first)
+        state.recover(marks, start)
+        clean = head and head["clean"] and not marks and log.tail == head["tail"]
+        state.settle_in()
+        self._epoch_ms = max(self._clock.wall_ms(), state.time_ms) - self._clock.monotonic_ms()
+        scanned = state.start.put_bytes - (head["start"][2] if head else 0)
+        self._copies, self._copied = 1, dict.fromkeys(state.sources, 1)      # none is covered yet
+        if not (clean or is_new):            # ids of records that are lost may have been seen
+            state.see_id(state.next_id + ID_GAP - 1)
+            log.rewrite(start)
+            self._with_space(lambda: log.begin_anew(state.start))
+        self._meet_subscribers()
+        # From here on a crash is no clean stop; nothing is served, no id given, before.
+        self._with_space(self._snapshot_or_full)
+        log.remove_unused()
+        with self.lock:
+            self._consumers = {name: Consumers(subscription)
+                               for name, subscription in state.subscriptions.items()}
+            self._expel_spent_locked()
+        if not (head or is_new) and state.held_count:
+            event(logging.WARNING, "no_marks", queue=self.config.name, advice="meta.json is "
+                  "missing or unusable: all that the data files still hold comes again")
+        event(logging.INFO, "recovered", queue=self.config.name, messages=state.held_count,
+              scanned_bytes=scanned)
+
+    def _with_space(self, work: Callable[[], None]) -> None:
+        """Do what a start has to; on a full disk once more, when all that is dead is gone."""
+        try:
+            work()
+        except DiskFull:
+            exhaust(self._free_dead_segments(is_start=True))
+            try:
+                work()
+            except DiskFull:
+                needed = self.state.freeze().size + MIB
+                raise StorageError(f"{self.log.folder}: the disk is full; free about {needed} "
+                                   "bytes, then start again") from None
+
+    def _snapshot_or_full(self) -> None:
+        if not exhaust(self.snapshot()):
+            raise DiskFull
+
+    def _meet_subscribers(self) -> None:
+        """Place the subscribers that are new, let go of those that left: part of the start's
+        snapshot, all or nothing."""
+        kinds = FIFO in self.state.subscriptions, FIFO in self.subscribers
+        if self.state.subscriptions and kinds[0] != kinds[1]:
+            event(logging.WARNING, "kind_switched", queue=self.config.name, to=self.config.kind,
+                  messages=self.state.held_count)
+        joined, left = self.state.place(self.subscribers)
+        for what, names in (("joined", joined), ("left", left)):
             for name in filter(None, names):
                 event(logging.INFO, f"subscriber_{what}", queue=self.config.name, subscriber=name)
 
-    def _switch_kind_locked(self, now_ms: int) -> None:
-        """Give each subscriber all that anyone had not settled. Durable on return: only then may
-        the former ones be forgotten, and while one is there, a start begins this again."""
-        known = self.state.subscriptions
-        former = [known[FIFO]] if FIFO not in self.subscribers else list(known.values())
-        place = Place.union([Place.of(subscription) for subscription in former])
-        event(logging.WARNING, "kind_switched", queue=self.config.name, to=self.config.kind,
-              messages=self.state.held()[0])
-        self._place_locked([record for name in self.subscribers
-                            for record in place.records(name, now_ms)])
-        self.log.sync()
-
-    def _place_locked(self, records: Sequence[Record]) -> None:
-        """Append and apply, or raise ApiError 503: where a subscriber stands is in the log before
-        anything is served."""
-        if records:
-            self.log.append(records, self.state.apply)
-
-    def close(self) -> None:
-        """Write a bookmark that marks a clean stop, and let go of the folder."""
+    def close(self) -> bool:
+        """Write a snapshot that marks a clean stop, and let go of the folder. Return whether all
+        that memory knows is on disk; if not, the next start repeats some messages."""
         with self.lock:
             self._write_settled_locked()
             self._closed = True
-        if self.unlogged:
-            with contextlib.suppress(CompactionFailed):
-                self.compact()
-        self.bookmark(clean=True)
-        with self.lock:                      # so that nothing is written to what is closed
-            self.log.close()
+            self.log.give_back_room()
+        done = exhaust(self.snapshot(clean=True)) or not self.owed
+        self.log.close()
+        return done
 
     def now_ms(self) -> int:
         """The queue's time: the wall clock at start, advanced by the monotonic clock."""
@@ -2036,42 +3163,65 @@ class Queue:
     # -- rounds
 
     def flush(self) -> None:
-        """End a round: write what was put with one write, what was settled with one record a
-        run of ids. Does not wait for a disk."""
+        """End a round: write what was put with one write, what was settled with one mark a run
+        of ids. Does not wait for a disk. Settled ones that find no memory stay staged."""
         with self._turn:
-            puts, self._puts, self._staged_bytes, self._staged_count = self._puts, [], 0, 0
+            with self.lock:
+                if self._staging is not None:
+                    self._staging.discard(self)
+                puts, self._puts, self._staged_bytes, self._staged_count = self._puts, [], 0, 0
+                try:
+                    self._check_open()
+                    self._write_settled_locked()
+                    results: Sequence[Union[int, Exception]] = (
+                        self._append_locked(puts) if puts else ())
+                    number = self.log.appends
+                except LogFailed:
+                    raise
+                except Exception as error:   # a full disk, or no memory: each is refused
+                    results, number = [error] * len(puts), 0
+                    if self._settled and self._staging is not None:
+                        self._staging.add(self)
             try:
-                self._check_open()
-                self._write_settled_locked()
-                results: Sequence[Union[int, Exception]] = self._append_locked(puts) if puts else ()
-                number = self.log.appends
-            except LogFailed:
-                raise
-            except Exception as error:       # a full disk, or no memory: each is refused
-                results, number = [error] * len(puts), 0
+                if puts:
+                    self._tell(puts, results, number)
+            except BaseException as error:   # they would wait for ever
+                self.log.give_up(error)
 
+    def _tell(self, puts: Sequence[Put], results: Sequence[Union[int, Exception]],
+              number: int) -> None:
         def tell(failure: Optional[LogFailed]) -> None:
             for put, result in zip(puts, results):
                 put.done(failure or result)
-        if puts:
-            self.when_durable(number, tell)
+        self.when_durable(number, tell)
 
-    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None]) -> None:
+    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None], *,
+                     marks: bool = False) -> None:
         """Have `call` made as `Log.when_durable` says. Does not block."""
-        if self.log.when_durable(number, call):
+        if self.log.when_durable(number, call, marks=marks):
             self._lead(self.log)
-
-    def _stage_locked(self) -> None:
-        if self._staging is None:
-            self._write_settled_locked()
-        else:
-            self._staging.add(self)
 
     def _write_settled_locked(self) -> None:
         for subscriber, ids in list(self._settled.items()):
-            self._note_settled_locked(subscriber, ids)
+            self._settle_runs_locked(subscriber, ids)
             self.out_total += len(ids)
             del self._settled[subscriber]
+
+    def _settle_runs_locked(self, subscriber: str, ids: Collection[int]) -> None:
+        tail, out = self.log.tail, self._consumers[subscriber].out
+        self._mark_locked([Mark(SETTLED, subscriber, first, last, tail)
+                           for first, last in _runs(ids)], lambda: out.difference_update(ids))
+
+    def _mark_locked(self, marks: Sequence[Mark], then: Callable[[], None]) -> None:
+        """Write and apply what must not be refused, and what memory has to know with it. On a
+        full disk memory alone knows all of it, until a snapshot writes it down."""
+        def apply() -> None:
+            for mark in marks:
+                self.state.apply_mark(mark)
+            then()
+        if marks and not self.log.mark(marks, apply):
+            self.owed += 1
+            self._call_upkeep()
 
     # -- putting
 
@@ -2088,7 +3238,7 @@ class Queue:
 
     def _check_limits_locked(self, payload_bytes: int, count: int) -> None:
         self._write_settled_locked()
-        held_count, held_bytes = self.state.held()
+        held_count, held_bytes = self.state.held_count, self.state.held_bytes
         held_bytes -= held_count * HEAD.size
         held_count += self._staged_count
         held_bytes += self._staged_bytes
@@ -2106,19 +3256,26 @@ class Queue:
         first part. Raises ApiError 413, 429 or 503 with nothing queued."""
         assert self._staging is not None
         size = sum(map(len, put.payloads))
+        if put.delay_s and len(put.payloads) * len(self.subscribers) > DELAYED_LINES:
+            raise ApiError(413, f"More than {DELAYED_LINES // len(self.subscribers)} lines with a "
+                                "delay; send them in parts")
         with self.lock:
-            self._check_room_locked(size, len(put.payloads))
-            self._puts.append(put)
-            self._staged_bytes += size
-            self._staged_count += len(put.payloads)
+            count = len(put.payloads)
+            self._check_room_locked(size, count)
             self._staging.add(self)
+            self._puts.append(put)           # last: what raises is not told again
+            self._staged_bytes += size
+            self._staged_count += count
         if self._staged_bytes >= ROUND_BYTES or self._staged_count >= ROUND_MESSAGES:
-            self.flush()
+            try:
+                self.flush()
+            except MemoryError:              # at the end of the round again
+                return
 
     def put(self, payloads: Sequence[bytes], delay_s: int = 0, *, limited: bool = True) -> int:
         """Append messages at once and return the first one's id; durable on return. As `stage`;
-        raises LogFailed when it is not known what is queued."""
-        with self._turn:
+        raises DiskFull, and LogFailed when it is not known what is queued."""
+        with self._turn, self.lock:
             if limited:
                 self._check_room_locked(sum(map(len, payloads)), len(payloads))
             first, = self._append_locked([Put(payloads, delay_s)])
@@ -2128,151 +3285,299 @@ class Queue:
 
     def _append_locked(self, puts: Sequence[Put]) -> List[int]:
         """Append what was put with one write, and apply it; return the first id of each."""
+        self._rotate_locked()
         firsts: List[int] = []
-        records: List[Record] = []
+        items: List[Unplaced] = []
         next_id, now_ms = self.state.next_id, self.now_ms()
-        for put in puts:
+        for payloads, delay_s, _ in puts:
             firsts.append(next_id)
-            records += [Record(MESSAGE, id_, now_ms, payload, 0, put.delay_s * 1000)
-                        for id_, payload in enumerate(put.payloads, next_id)]
-            next_id += len(put.payloads)
-        self.log.append(records, self.state.apply)
-        self.in_total += len(records)
-        self._touched.update(self._awaited)
-        delays_s = [put.delay_s for put in puts if put.delay_s]
-        if delays_s:
-            self._wake_locked(now_ms + min(delays_s) * 1000)
+            delay_ms = delay_s * 1000
+            items += [(id_, now_ms, delay_ms, payload)
+                      for id_, payload in enumerate(payloads, next_id)]
+            next_id += len(payloads)
+
+        def apply(messages: Sequence[Message]) -> None:
+            self.state.apply(messages)
+            for first, put in zip(firsts, puts):
+                if put.delay_s:
+                    self._delay_locked(range(first, first + len(put.payloads)),
+                                       now_ms + put.delay_s * 1000)
+            self.in_total += len(messages)
+            self._touched.update(self._awaited)
+
+        try:
+            self.log.append(items, apply)
+        except DiskFull:                     # the file alone may be: of its largest size (EFBIG)
+            if not self.log.rotate(self.state.start, now_ms):
+                raise
+            self.log.append(items, apply)
         if self.config.ttl and self._expiry_ms == NEVER:
             self._expiry_ms = now_ms + self.config.ttl * 1000
             self._wake_locked(self._expiry_ms)
         return firsts
 
+    def _delay_locked(self, ids: Iterable[int], due_ms: int) -> None:
+        for consumers in self._consumers.values():
+            consumers.delayed.add(due_ms, *ids)
+        self._wake_locked(due_ms)
+
+    def _rotate_locked(self) -> None:
+        """Go on in the next segment if this one is full, or have it made ready."""
+        end = self.log.current.end
+        if self.log.ready is None:
+            if end >= READY_BYTES and not self._is_unready:      # sooner than in a second
+                self._call_upkeep()
+        elif end >= SEGMENT_BYTES and end >= self._segment_bytes():
+            self.log.rotate(self.state.start, self.now_ms())
+
+    def _segment_bytes(self) -> int:
+        return min(SEGMENT_MOST_BYTES, max(SEGMENT_BYTES, self.state.held_bytes // 32))
+
     # -- taking
 
-    def take(self, subscriber: str = FIFO, wish: Wish = ONE,
-             waiter: Optional[Waiter] = None) -> Optional[Delivery]:
+    def take(self, subscriber: str = FIFO, wish: Wish = ONE, waiter: Optional[Waiter] = None,
+             *, at_once: bool = False) -> Optional[Delivery]:
         """Take the oldest ready messages; without any return None, and `waiter` waits: then it
-        has a deadline. It does so too, if only for that, while more has to expire than one hold
-        of the lock may expel.
+        has a deadline. It does so too, if only for that, while more has to expire, or to be
+        read, than one hold of the lock may.
 
         Does not wait for a disk. What is leased comes back at its deadline; the rest is to be
-        settled or retried by the caller.
+        settled or retried by the caller. With `at_once`, raises Behind instead of a second hold.
         """
-        while True:
-            with self._turn:
-                self._check_open()
-                now_ms = self.now_ms()
-                self._tick_locked(subscriber, now_ms)
-                self._expire_locked(now_ms)
-                if self._touched:            # who waits came first
-                    self._match_locked()
-                if now_ms < self._expiry_ms:
-                    fitting = self._fitting_locked(subscriber, wish)
-                    delivery = self._take_locked(subscriber, fitting) if fitting else None
-                    if delivery is None and waiter and waiter.wait_s:
-                        self._wait_locked(subscriber, waiter, now_ms)
-                    elif not fitting:
-                        raise no_room()
-                    return delivery
-                if waiter:
+        delivery: Optional[Delivery] = None
+        try:
+            while True:
+                with self._turn, self.lock:
+                    delivery, is_done = self._try_take_locked(subscriber, wish, waiter)
+                    if is_done:
+                        return delivery
+                if at_once:
+                    raise Behind
+        except Exception:                    # no memory, at the end of the turn perhaps
+            if delivery:
+                self.put_back(delivery)
+            if waiter and waiter.deadline_ms and not self._forget_waiter(subscriber, waiter):
+                return None                  # it gets an answer, and no other one
+            raise
+
+    def _try_take_locked(self, subscriber: str, wish: Wish, waiter: Optional[Waiter]
+                         ) -> Tuple[Optional[Delivery], bool]:
+        """Return what is to be had, and whether that, or a wait, is all there is to do now."""
+        self._check_open()
+        now_ms = self.now_ms()
+        self._tick_locked(subscriber, now_ms)
+        self._expire_locked(now_ms)
+        if self._touched:                    # who waits came first
+            self._match_locked()
+        consumers = self._consumers[subscriber]
+        if now_ms < self._expiry_ms:
+            fitting = self._fitting_locked(consumers, wish)
+            delivery = self._take_locked(consumers, fitting) if fitting else None
+            if delivery or not consumers.subscription.is_behind:
+                if delivery is None and waiter and waiter.wait_s:
                     self._wait_locked(subscriber, waiter, now_ms)
-                    return None
+                elif not fitting:
+                    raise no_room()
+                return delivery, True
+        if waiter:
+            self._wait_locked(subscriber, waiter, now_ms)
+        return None, waiter is not None
+
+    def _forget_waiter(self, subscriber: str, waiter: Waiter) -> bool:
+        """Have a waiter get no answer; return whether it still waited."""
+        with self.lock:
+            return self._consumers[subscriber].waiters.pop(waiter.key, None) is not None
 
     def _check_open(self) -> None:
         if self._closed:
             raise ApiError(503, "The server is stopping; try again")
 
-    def _fitting_locked(self, subscriber: str, wish: Wish) -> Optional[Wish]:
+    def _look_locked(self, consumers: Consumers, most: int = 1) -> List[Message]:
+        """Return the lowest ready message, and up to `most` with those that come with it for
+        next to nothing. One whose bytes went bad is set aside and gone."""
+        subscription = consumers.subscription
+        while True:
+            place, id_ = subscription.at_cursor(MIB), consumers.ready.first()
+            if place and (id_ is None or place.id < id_):
+                return [place] if most == 1 else subscription.run_at_cursor(
+                    place, most, id_ or NEVER)
+            if id_ is None or (id_ >= subscription.cursor_id and subscription.is_behind):
+                return []
+            message = self._message_locked(consumers, id_)
+            if message:
+                return [message]
+
+    def _message_locked(self, consumers: Consumers, id_: int) -> Optional[Message]:
+        """Return the message of an entry; if its bytes went bad it is gone, and None."""
+        _, offset, _, size, _ = consumers.entries[id_]
+        message = self.log.message_at(offset, size)
+        if message and message.id == id_:
+            return message
+        consumers.subscription.drop(id_, id_)
+        consumers.out.discard(id_)
+        self.state.recount()
+        return None
+
+    def _fitting_locked(self, consumers: Consumers, wish: Wish) -> Optional[Wish]:
         """Return what of a wish is to be had while clients hold much: only what does not count;
         None if the next message does."""
         if not self._budget.tight:
             return wish
-        message = self.state.subscriptions[subscriber].look()
-        if message and len(message.payload) > UNCOUNTED_BYTES:
+        if any(len(m.payload) > UNCOUNTED_BYTES for m in self._look_locked(consumers)):
             return None
         return wish._replace(max_bytes=UNCOUNTED_BYTES)
 
-    def _take_locked(self, subscriber: str, wish: Wish) -> Optional[Delivery]:
-        subscription, messages = self.state.subscriptions[subscriber], []
+    def _take_locked(self, consumers: Consumers, wish: Wish) -> Optional[Delivery]:
+        name = consumers.subscription.name
+        messages: List[Message] = []
         try:
-            for message in choose(iter(subscription.look, None), wish):
-                subscription.lease(message)
-                messages.append(message)
+            counts = self._take_out_locked(consumers, wish, messages)
             if not messages:
                 return None
             key = secrets.randbits(KEY_BITS) if wish.lease_s else None
-            delivery = self._delivery(subscriber, messages, wish, key)
-            if key is not None:
-                out = [(message.id, message.delivery) for message in messages]
-                self._lease_locked(subscriber, key, out, wish.lease_s)
+            delivery = self._delivery(name, messages, counts, wish, key)
             if delivery.held:
                 self._budget.hold(delivery.held)
+            if key is not None:              # last: nothing is leased to nobody
+                self._lease_locked(name, key, delivery.ids, wish.lease_s)
             return delivery
         except Exception:                    # no memory: nobody has them
-            for message in messages:
-                subscription.apply_retry(message.id, message.delivery - 1, READY)
+            self.log.guard(lambda: consumers.take_back([m.id for m in messages], 0))
             raise
 
-    def _delivery(self, subscriber: str, messages: Sequence[Message], wish: Wish,
-                  key: Optional[int] = None) -> Delivery:
+    def _take_out_locked(self, consumers: Consumers, wish: Wish,
+                         messages: List[Message]) -> List[int]:
+        """Take what makes one delivery, adding it to `messages`; what is no line comes alone.
+        Return how often each was delivered before."""
+        counts: List[int] = []
+        most, room, entries = max(1, wish.lines), wish.max_bytes, consumers.entries
+        while len(messages) < most:
+            run = self._look_locked(consumers, most - len(messages))
+            lines = lines_in(run, room) if wish.lines else 0
+            if not (lines or (run and not messages)):
+                break
+            del run[max(1, lines):]
+            messages += run                  # first: what fails from here on puts them back
+            if run[0].id in entries:
+                counts.append(entries[run[0].id][4])
+            else:
+                consumers.subscription.take_in(*run)
+                counts += [0] * len(run)
+            consumers.out.update([message.id for message in run])
+            if not lines:
+                break
+            room -= sum([len(message.payload) + 1 for message in run])
+        return counts
+
+    def _delivery(self, subscriber: str, messages: Sequence[Message], counts: Sequence[int],
+                  wish: Wish, key: Optional[int] = None) -> Delivery:
         """Return messages as what goes to a consumer."""
         as_lines = wish.lines > 0 and is_line(messages[0].payload)
         size = sum([len(message.payload) for message in messages])
         held = size if size > UNCOUNTED_BYTES else 0
-        return Delivery(subscriber, messages, key, as_lines, held)
+        ids = [message.id for message in messages]
+        return Delivery(subscriber, messages, counts, ids, key, as_lines, held)
 
-    def _lease_locked(self, subscriber: str, key: int, out: Sequence[Tuple[int, int]],
-                      seconds: int) -> None:
+    def _lease_locked(self, subscriber: str, key: int, ids: Sequence[int], seconds: int) -> None:
         deadline_ms = self.now_ms() + seconds * 1000
-        self._consumers[subscriber].add_lease(key, Lease(out, deadline_ms))
         self._wake_locked(deadline_ms)
+        self._consumers[subscriber].add_lease(key, Lease(ids, deadline_ms))
 
-    def peek(self, subscriber: Optional[str] = FIFO, wish: Wish = ONE) -> Optional[Delivery]:
+    def peek(self, subscriber: Optional[str] = FIFO, wish: Wish = ONE, *,
+             at_once: bool = False) -> Optional[Delivery]:
         """Return what a take would, without taking it: a peek counts as no delivery. Without a
-        subscriber, look at what anyone has not settled."""
-        self.tick()
-        with self._turn:
-            if self.now_ms() >= self._expiry_ms:     # more than one hold of the lock may expel
-                raise ApiError(503, "What grew older than ttl is being dropped; try again")
-            if self._budget.tight:
-                raise no_room()
-            state = self.state
-            ready = (state.all_held() if subscriber is None
-                     else state.subscriptions[subscriber].upcoming())
-            messages = [message._replace(delivery=message.delivery - 1)
-                        for message in choose(ready, wish)]
-            return self._delivery(subscriber or FIFO, messages, wish) if messages else None
+        subscriber, look at what anyone has not settled. With `at_once`, raises Behind instead of
+        a second hold of the lock."""
+        while True:
+            self.tick()
+            behind = contextlib.nullcontext() if at_once else contextlib.suppress(Behind)
+            with behind, self._turn, self.lock:
+                return self._peek_locked(subscriber, wish)
+            time.sleep(0)
+
+    def _peek_locked(self, subscriber: Optional[str], wish: Wish) -> Optional[Delivery]:
+        if self.now_ms() >= self._expiry_ms:
+            raise Behind
+        if self._budget.tight:
+            raise no_room()
+        found: List[Message] = []
+        counts: List[int] = []
+        size = 0
+        for message, count in self._upcoming_locked(subscriber):
+            line = wish.lines > 0 and is_line(message.payload)
+            size += len(message.payload) + 1
+            if found and (not line or size > wish.max_bytes):
+                break
+            found.append(message)
+            counts.append(count - 1)
+            if not line or len(found) >= wish.lines:
+                break
+        return self._delivery(subscriber or FIFO, found, counts, wish) if found else None
+
+    def _upcoming_locked(self, subscriber: Optional[str]) -> Iterator[Tuple[Message, int]]:
+        """Yield what is ready, or without a subscriber what anyone holds, lowest first, each
+        with its count; as far as one hold of the lock may read."""
+        if subscriber is None:
+            several = list(self._consumers.values())
+            first = min(several, key=lambda c: c.subscription.cursor)
+            ids: Iterator[int] = heapq.merge(*[c.entries.ids() for c in several])
+        else:
+            first = self._consumers[subscriber]
+            several, ids = [first], iter(first.ready.all())
+        if not self._look_locked(first) and first.subscription.is_behind:
+            raise Behind
+        first.subscription.unread()
+        plain = first.subscription.waiting(MIB)
+        message, last_id = next(plain, None), 0
+        for id_ in ids:
+            while message and message.id < id_:
+                yield message, 0
+                message = next(plain, None)
+            owner = next(c for c in several if id_ in c.entries)
+            if id_ != last_id and not (message and message.id == id_):
+                found = self.log.message_at(owner.entries[id_][1], owner.entries[id_][3])
+                if found:
+                    yield found, owner.entries[id_].deliveries if subscriber is not None else 0
+            last_id = id_
+        while message:
+            yield message, 0
+            message = next(plain, None)
 
     # -- waiting
 
     def _wait_locked(self, subscriber: str, waiter: Waiter, now_ms: int) -> None:
-        waiter.deadline_ms = now_ms + waiter.wait_s * 1000
-        self._consumers[subscriber].add_waiter(waiter)
+        deadline_ms = now_ms + waiter.wait_s * 1000
         self._awaited.add(subscriber)
         self._touched.add(subscriber)        # what is ready may only lack room
-        self._wake_locked(waiter.deadline_ms)
+        self._wake_locked(deadline_ms)
+        self._consumers[subscriber].add_waiter(waiter, deadline_ms)
 
     def end_turn(self) -> None:
-        """Match what became ready with those who wait, let go of the lock, and tell them. Called
-        with the lock held, at the end of a `Turn`."""
-        try:
-            if self._touched:
-                self._match_locked()
-        except LogFailed:
-            raise
-        except Exception:                    # no memory: what was done stays done
-            log_event.exception("match_failed queue=%s", self.config.name)
-            self._wake_locked(self.now_ms() + POLL_S * 1000)
-        finally:
-            answers, self._answers = self._answers, []
-            self.lock.release()
-        for waiter, delivery in answers:
+        """Match what became ready with those who wait, and tell them. Called at the end of a
+        `Turn`, without the lock."""
+        if self._touched:
+            with self.lock:
+                self._match_or_wake_locked()
+        while self._answers:                 # what is not told now is at the end of another turn
+            try:
+                waiter, delivery = self._answers.popleft()
+            except IndexError:               # another thread told it
+                return
             try:
                 waiter.answer(delivery)
             except Exception:                # the others must get theirs
-                log_event.exception("answer_failed")
                 if delivery:
-                    self.retry(delivery)
+                    self.put_back(delivery)
+                log_event.exception("answer_failed")
+
+    def _match_or_wake_locked(self) -> None:
+        try:
+            self._match_locked()
+        except LogFailed:
+            raise
+        except Exception:                    # no memory: what was done stays done
+            self._wake_locked(self.now_ms() + POLL_S * 1000)
+            log_event.exception("match_failed queue=%s", self.config.name)
 
     def _match_locked(self) -> None:
         """Give what is ready to those who wait, first come, first served (invariant 2)."""
@@ -2282,36 +3587,44 @@ class Queue:
             self._wake_locked(now_ms)
             return
         for name in list(self._touched):
-            waiters = self._consumers[name].waiters
-            while waiters and self.state.subscriptions[name].look():
+            consumers = self._consumers[name]
+            waiters = consumers.waiters
+            while waiters and self._look_locked(consumers):
                 waiter = next(iter(waiters.values()))
-                fitting = self._fitting_locked(name, waiter.wish)
+                fitting = self._fitting_locked(consumers, waiter.wish)
                 if not fitting:              # the budget has `tick` called once there is room
                     break
-                delivery = None if waiter.is_gone() else self._take_locked(name, fitting)
-                del waiters[waiter.key]
-                self._answers.append((waiter, delivery))
+                delivery = None if waiter.is_gone() else self._take_locked(consumers, fitting)
+                try:
+                    self._answers.append((waiter, delivery))
+                    del waiters[waiter.key]
+                except BaseException as error:
+                    self.log.give_up(error)
             else:
-                self._touched.discard(name)
+                if waiters and consumers.subscription.is_behind:     # read on in the next hold
+                    self._wake_locked(now_ms)
+                else:
+                    self._touched.discard(name)
             if not waiters:
                 self._awaited.discard(name)
 
     def stop_waiting(self, subscriber: str, waiter: Waiter) -> None:
         """Answer a waiter with None now, unless it is answered already."""
-        with self._turn:
+        with self._turn, self.lock:
             if self._consumers[subscriber].waiters.pop(waiter.key, None):
                 self._answers.append((waiter, None))
 
     def dismiss(self) -> None:
         """Answer all who wait with None."""
-        with self._turn:
-            self._dismiss_locked(NEVER)
+        with self._turn, self.lock:
+            for name in list(self._awaited):
+                waiters = self._consumers[name].waiters
+                self._answers += [(waiter, None) for waiter in waiters.values()]
+                waiters.clear()
 
-    def _dismiss_locked(self, now_ms: int) -> None:
-        for name in list(self._awaited):
-            consumers = self._consumers[name]
-            for key in consumers.waiter_deadlines.pop_due(now_ms):
-                self._answers.append((consumers.waiters.pop(key), None))
+    def _dismiss_locked(self, consumers: Consumers, now_ms: int) -> None:
+        for key in consumers.waiter_deadlines.pop_due(now_ms, AT_ONCE):
+            self._answers.append((consumers.waiters.pop(key), None))
 
     # -- what was taken
 
@@ -2321,64 +3634,69 @@ class Queue:
             self._budget.hold(-delivery.held)
         if delivery.lease is None:
             with self.lock:
-                self._settle_locked(delivery.subscriber, [m.id for m in delivery.messages])
+                self._settle_locked(delivery.subscriber, delivery.ids)
+
+    def put_back(self, delivery: Delivery) -> None:
+        """Retry what could not leave for want of memory, or have a start do it: nobody else knows
+        of it. Raises LogFailed."""
+        try:
+            self.retry(delivery)
+        except BaseException as error:
+            self.log.give_up(error)
 
     def retry(self, delivery: Delivery) -> None:
         """A delivery could not leave: its messages are back at their old place."""
         if delivery.held:
             self._budget.hold(-delivery.held)
-        with self._turn:
+        with self._turn, self.lock:
             leases = self._consumers[delivery.subscriber].leases
-            if delivery.lease is not None and leases.pop(delivery.lease, None) is None:
-                return
-            out = [(m.id, m.delivery) for m in delivery.messages]
-            self._retry_locked(delivery.subscriber, out)
+            if delivery.lease is None or delivery.lease in leases:
+                self._retry_locked(delivery.subscriber, delivery.ids)
+                leases.pop(delivery.lease or 0, None)
 
     def ack(self, subscriber: str, key: int) -> None:
         """End a lease: its messages are gone. Not durable on return. Raises ApiError 410."""
         with self.lock:
-            lease = self._end_lease_locked(subscriber, key)
-            self._settle_locked(subscriber, [message_id for message_id, _ in lease.out])
+            self._settle_locked(subscriber, self._leased_locked(subscriber, key))
+            del self._consumers[subscriber].leases[key]
 
     def nack(self, subscriber: str, key: int, delay_s: int = 0) -> None:
         """End a lease: its messages come back, at once or after a delay. Raises ApiError 410."""
-        with self._turn:
-            lease = self._end_lease_locked(subscriber, key)
-            self._retry_locked(subscriber, lease.out, delay_s)
+        with self._turn, self.lock:
+            self._retry_locked(subscriber, self._leased_locked(subscriber, key), delay_s)
+            del self._consumers[subscriber].leases[key]
 
     def extend(self, subscriber: str, key: int, seconds: int) -> None:
         """Have a lease end in `seconds` from now. Raises ApiError 410."""
         with self.lock:
-            lease = self._end_lease_locked(subscriber, key)
-            self._lease_locked(subscriber, key, lease.out, seconds)
+            self._lease_locked(subscriber, key, self._leased_locked(subscriber, key), seconds)
 
-    def _end_lease_locked(self, subscriber: str, key: int) -> Lease:
+    def _leased_locked(self, subscriber: str, key: int) -> Sequence[int]:
+        """Return the ids of a lease. Who ends it deletes it last: nothing is out without one."""
         self._check_open()
-        leases = self._consumers[subscriber].leases
-        lease = leases.get(key)
+        lease = self._consumers[subscriber].leases.get(key)
         if lease is None or lease.deadline_ms <= self.now_ms():
             raise ApiError(410, "No such lease: it expired, is settled, is another queue's or "
                                 "token's, or from before a restart; take the message again")
-        del leases[key]
-        return lease
+        return lease.ids
 
     def _settle_locked(self, subscriber: str, ids: Iterable[int]) -> None:
         ids = self._out_locked(subscriber, ids)
+        if self._staging is not None:
+            self._staging.add(self)
         self._settled.setdefault(subscriber, []).extend(ids)
-        self._stage_locked()
+        if self._staging is None:
+            self._write_settled_locked()
 
-    def _note_settled_locked(self, subscriber: str, ids: Iterable[int]) -> None:
-        now_ms = self.now_ms()
-        self._note_locked([settled(first, last, subscriber, now_ms)
-                           for first, last in _runs(ids)])
-
-    def _retry_locked(self, subscriber: str, out: Sequence[Tuple[int, int]],
-                      delay_s: int = 0) -> None:
-        now_ms = self.now_ms()
-        due_ms = now_ms + delay_s * 1000 if delay_s else READY
-        counts, most = dict(out), self.config.max_deliveries
-        ids = self._out_locked(subscriber, counts)
-        self._note_locked([retry(id_, counts[id_], due_ms, subscriber, now_ms) for id_ in ids])
+    def _retry_locked(self, subscriber: str, ids: Iterable[int], delay_s: int = 0) -> None:
+        now_ms, consumers = self.now_ms(), self._consumers[subscriber]
+        due_ms, most = now_ms + delay_s * 1000 if delay_s else 0, self.config.max_deliveries
+        ids, tail = self._out_locked(subscriber, ids), self.log.tail
+        counts = {id_: consumers.entries[id_][4] + 1 for id_ in ids}
+        self._mark_locked([Mark(RETRY, subscriber, first, last, tail, count, due_ms)
+                           for count in set(counts.values())
+                           for first, last in _runs([i for i in ids if counts[i] == count])],
+                          lambda: consumers.take_back(ids, due_ms))
         expired = [id_ for id_ in ids if id_ <= self._expired_id]
         spent = [id_ for id_ in ids if id_ > self._expired_id and most and counts[id_] >= most]
         self._expel_locked(subscriber, expired, expired=True)
@@ -2390,29 +3708,34 @@ class Queue:
 
     def _out_locked(self, subscriber: str, ids: Iterable[int]) -> List[int]:
         """What of a delivery is still out: a late word on what is gone does nothing."""
-        subscription = self.state.subscriptions[subscriber]
-        return [] if self._closed else [id_ for id_ in ids if subscription.is_leased(id_)]
+        out = self._consumers[subscriber].out
+        return [] if self._closed else [id_ for id_ in ids if id_ in out]
 
-    def purge(self) -> Tuple[int, int]:
-        """Drop every message and end all leases; return their number and that of the append,
-        to wait for. Raises ApiError 503 with nothing changed."""
-        with self._turn:
+    def purge(self) -> int:
+        """Drop every message and end all leases; return their number. Not durable on return;
+        `when_durable` with `marks` tells, unless marks are owed."""
+        self.flush()                         # what was put before is dropped as well
+        with self._turn, self.lock:
             self._check_open()
-            self._write_settled_locked()
-            count, now_ms = self.state.held()[0], self.now_ms()
-            self._place_locked([position(self.state.next_id, name, now_ms)
-                                for name in self._consumers])
-            for consumers in self._consumers.values():
-                consumers.leases.clear()
-            self._dead.clear()
-            return count, self.log.appends
+            state, count = self.state, self.state.held_count
+            self._mark_locked([Mark(POSITION, name, state.next_id, state.next_id, self.log.tail)
+                               for name in self._consumers], self._forget_locked)
+            self._call_upkeep()
+            return count
+
+    def _forget_locked(self) -> None:
+        self.state.recount()
+        for consumers in self._consumers.values():
+            consumers.forget()
+        self._settled.clear()
+        self._dying.clear()
 
     # -- time, expiry and dead letters
 
     def tick(self) -> int:
         """Do what time brings: ends of leases, delays, waits and lives. Return when (monotonic
         ms) there is more to do. Does not wait for a disk."""
-        with self._turn:
+        with self._turn, self.lock:
             if self._closed:
                 return NEVER
             now_ms = self.now_ms()
@@ -2420,29 +3743,33 @@ class Queue:
             for name in self._consumers:
                 self._tick_locked(name, now_ms)
             self._match_locked()
-            if now_ms < self._expiry_ms:
-                self._dismiss_locked(now_ms)
-            firsts = [(self._expiry_ms, 0)]
+            next_ms = self._expiry_ms
             for name, consumers in self._consumers.items():
-                firsts += filter(None, (consumers.lease_deadlines.first(),
-                                        consumers.waiter_deadlines.first(),
-                                        self.state.subscriptions[name].delayed.first()))
-            return min(firsts)[0] - self._epoch_ms
+                is_behind = name in self._touched and consumers.subscription.is_behind
+                if now_ms < self._expiry_ms and not is_behind:
+                    self._dismiss_locked(consumers, now_ms)
+                next_ms = min(next_ms, consumers.lease_deadlines.next_ms(),
+                              consumers.waiter_deadlines.next_ms(), consumers.delayed.next_ms())
+            return next_ms - self._epoch_ms
 
     def _tick_locked(self, subscriber: str, now_ms: int) -> None:
         """Take back what leases had out too long, make ready what was delayed: as much as one
         hold of the lock may."""
-        consumers, subscription = self._consumers[subscriber], self.state.subscriptions[subscriber]
+        consumers = self._consumers[subscriber]
         if consumers.lease_deadlines.is_due(now_ms):
-            out: List[Tuple[int, int]] = []
-            for key in consumers.lease_deadlines.pop_due(now_ms):
-                out += consumers.leases.pop(key).out
-                if len(out) >= AT_ONCE:
-                    break
-            self._retry_locked(subscriber, out)
-        if subscription.delayed.is_due(now_ms):
-            subscription.tick(now_ms, AT_ONCE)
+            self.log.guard(lambda: self._end_leases_locked(consumers, now_ms))
+        if consumers.delayed.is_due(now_ms):
+            self.log.guard(lambda: consumers.end_delays(now_ms))
             self._touched.add(subscriber)
+
+    def _end_leases_locked(self, consumers: Consumers, now_ms: int) -> None:
+        over: List[int] = []
+        for _ in range(0, AT_ONCE, AT_ONCE_LEASES):
+            if len(over) >= AT_ONCE or not consumers.lease_deadlines.is_due(now_ms):
+                break
+            for key in consumers.lease_deadlines.pop_due(now_ms, AT_ONCE_LEASES):
+                over += consumers.leases.pop(key).ids
+        self._retry_locked(consumers.subscription.name, over)
 
     def _wake_locked(self, deadline_ms: int) -> None:
         self._wake_at(deadline_ms - self._epoch_ms)
@@ -2452,58 +3779,111 @@ class Queue:
         lock may take (invariant 3)."""
         if now_ms < self._expiry_ms:
             return
-        ttl_ms = (self.config.ttl or 0) * 1000
-        doomed: Dict[str, List[int]] = {name: [] for name in self._consumers}
-        self._expiry_ms = NEVER
-        start = self._expiry_offset
-        records = self.log.scan(start, self.log.tail, AHEAD_BYTES)
-        for seen, (offset, end, record) in enumerate(records):
-            if seen == AT_ONCE or offset - start >= MIB:
-                self._expiry_ms = now_ms
-                break
-            if record and record.type == MESSAGE and self.state.holds(record.id):
-                if record.time_ms + ttl_ms > now_ms:
-                    self._expiry_ms = record.time_ms + ttl_ms
-                    break
-                self._expired_id = max(self._expired_id, record.id)
-                for name, ids in doomed.items():
-                    subscription = self.state.subscriptions[name]
-                    if subscription.holds(record.id) and not subscription.is_leased(record.id):
-                        ids.append(record.id)
-            self._expiry_offset = end
-        for name, ids in doomed.items():
-            self._expel_locked(name, ids, expired=True)
+        before = self._expired_id, self._expiry_at
+        try:
+            self._find_expired_locked(now_ms)
+            if self._expired_id > before[0]:
+                for name in self._consumers:
+                    self._expire_for_locked(name, before[0] + 1, self._expired_id)
+        except Exception:                    # no memory: once more, from there on
+            (self._expired_id, self._expiry_at), self._expiry_ms = before, 0
+            raise
+
+    def _find_expired_locked(self, now_ms: int) -> None:
+        """Move `_expired_id` on, and find out when there is more to expire. Ids grow with time;
+        but a copy stands behind younger messages."""
+        limit, copied_id = max(1, AT_ONCE // len(self._consumers)), 0
+        for message in self._lives_locked(MIB):
+            while message.id > self._expired_id:
+                if copied_id <= self._expired_id:
+                    copied_id, limit = self._next_entry_locked(), limit - 1
+                oldest = message
+                if copied_id < message.id:
+                    oldest, limit = self._glance_locked(copied_id) or message, limit - 1
+                end_ms = min(NEVER, oldest.time_ms + (self.config.ttl or 0) * 1000)
+                self._expiry_ms = max(now_ms, end_ms)
+                if end_ms > now_ms or limit <= 0:
+                    return
+                self._expired_id = min(copied_id, message.id)
+                limit -= 1
+            self._expiry_at = message.offset + message.size
+        self._expiry_ms = now_ms             # there is more to be read
+
+    def _lives_locked(self, size: int) -> Iterator[Message]:
+        """Yield messages in the order of the log from `_expiry_at` on, and move it on; behind
+        the last one something that never ends."""
+        while size > 0:
+            start = self._expiry_at
+            messages, after = self.log.read(start, self.state.end)
+            yield from messages
+            if after == start:
+                yield Message(NEVER, NEVER, 0, b"", after, 0)
+                return
+            size -= _distance(start, after)
+            self._expiry_at = after
+
+    def _next_entry_locked(self) -> int:
+        return min(c.entries.next_id(self._expired_id) for c in self._consumers.values())
+
+    def _glance_locked(self, id_: int) -> Optional[Message]:
+        owner = next(c for c in self._consumers.values() if id_ in c.entries)
+        return self.log.glance(owner.entries[id_].offset)
+
+    def _expire_for_locked(self, subscriber: str, first: int, last: int) -> None:
+        consumers = self._consumers[subscriber]
+        subscription, before = consumers.subscription, consumers.subscription.held_count
+        if not before:
+            return
+        if self.config.dead_letter:
+            subscription.advance(last, last + 1)
+        among = consumers.entries.between(first, last)
+        out = [id_ for id_ in among if id_ in consumers.out]
+        if self.config.dead_letter:
+            self._expel_locked(subscriber, sorted(set(among).difference(out)), expired=True)
+            return
+        tail, marks = self.log.tail, []
+        for id_ in [*out, last + 1]:
+            if id_ > first:
+                marks.append(Mark(SETTLED, subscriber, first, id_ - 1, tail))
+            first = id_ + 1
+        self._mark_locked(marks, lambda: None)
+        self.expired_total += before - subscription.held_count
 
     def _expel_locked(self, subscriber: str, ids: Sequence[int], *, expired: bool = False) -> None:
-        """Take messages that are not leased out of the queue: to be dead-lettered, or gone."""
+        """Take messages that are entries, and not out, out of the queue: to be dead-lettered, or
+        gone."""
         if expired:
             self.expired_total += len(ids)
         if self.config.dead_letter:
-            for message_id in ids:
-                self.state.subscriptions[subscriber].lease_id(message_id)
-                self._dead[subscriber, message_id] = True
-        else:
-            self._note_settled_locked(subscriber, ids)
+            self.log.guard(lambda: self._let_die_locked(subscriber, ids))
+        elif ids:
+            self._settle_runs_locked(subscriber, ids)
             if not expired:
                 self._consumers[subscriber].dead_lettered_total += len(ids)
+
+    def _let_die_locked(self, subscriber: str, ids: Sequence[int]) -> None:
+        for message_id in ids:
+            self._consumers[subscriber].hold(message_id)
+            self._dying[subscriber, message_id] = True
 
     def _expel_spent_locked(self) -> None:
         """After a start, for the limit may be a new one."""
         most = self.config.max_deliveries
-        for name in self._consumers if most else ():
-            self._expel_locked(name, self.state.subscriptions[name].spent_ids(most or 0))
+        for name, consumers in self._consumers.items() if most else ():
+            self._expel_locked(name, [entry[0] for entry in consumers.entries
+                                      if entry[4] >= (most or 0)])
 
     def dead_letters(self) -> List[Tuple[str, Message]]:
         """Return the next messages to be dead-lettered, by subscriber; about a MiB at most."""
         found: List[Tuple[str, Message]] = []
         size = 0
         with self.lock:
-            for name, message_id in list(itertools.islice(self._dead, AT_ONCE)):
-                subscription = self.state.subscriptions[name]
-                leased = subscription.is_leased(message_id)
-                message = subscription.message(message_id) if leased else None
+            for name, message_id in list(itertools.islice(self._dying, AT_ONCE)):
+                consumers = self._consumers[name]
+                known = message_id in consumers.out and message_id in consumers.entries
+                message = self._message_locked(consumers, message_id) if known else None
                 if message is None:          # its bytes went bad
-                    del self._dead[name, message_id]
+                    del self._dying[name, message_id]
                     continue
                 found.append((name, message))
                 size += len(message.payload)
@@ -2516,8 +3896,8 @@ class Queue:
         with self.lock:
             for name in {name for name, _ in letters}:
                 ids = [m.id for owner, m in letters if owner == name
-                       and self._dead.pop((name, m.id), False)]
-                self._note_settled_locked(name, ids)
+                       and self._dying.pop((name, m.id), False)]
+                self._settle_runs_locked(name, ids)
                 self._consumers[name].dead_lettered_total += len(ids)
 
     # -- numbers
@@ -2529,7 +3909,7 @@ class Queue:
             self._write_settled_locked()
             return {"kind": self.config.kind,
                     "subscribers": {name: self._numbers_locked(name) for name in self._consumers},
-                    "log_bytes": self.log.tail, "messages_in_total": self.in_total,
+                    "log_bytes": self.log.size, "messages_in_total": self.in_total,
                     "messages_out_total": self.out_total,
                     "messages_redelivered_total": self.redelivered_total,
                     "messages_expired_total": self.expired_total,
@@ -2539,255 +3919,301 @@ class Queue:
                     "compactions_total": self.compactions_total}
 
     def _numbers_locked(self, subscriber: str) -> Dict[str, float]:
-        subscription = self.state.subscriptions[subscriber]
-        record = subscription.oldest()
-        age_ms = max(0, self.now_ms() - record.time_ms) if record else 0
-        return {"ready": subscription.ready_count, "leased": subscription.leased_count,
-                "delayed": subscription.delayed_count,
+        consumers = self._consumers[subscriber]
+        time_ms = consumers.subscription.oldest_ms()
+        age_ms = 0 if time_ms is None else max(0, self.now_ms() - time_ms)
+        return {"ready": consumers.ready_count, "leased": len(consumers.out),
+                "delayed": consumers.entries.delayed,
                 "oldest_message_age_seconds": age_ms / 1000,
-                "messages_dead_lettered_total": self._consumers[subscriber].dead_lettered_total}
+                "messages_dead_lettered_total": consumers.dead_lettered_total}
 
-    def _note_locked(self, records: Sequence[Record]) -> None:
-        """Append and apply what must not be refused. On a full disk memory alone knows it,
-        until a compaction writes down what memory knows."""
-        if not records:
-            return
-        try:
-            self.log.append(records, self.state.apply)
-        except ApiError:
-            self.unlogged += 1
-            for record in records:
-                self.state.apply(record, 0, 0)       # only a message needs its place
-
-    # -- bookmark
-
-    def _load_bookmark(self) -> Tuple[int, bool]:
-        """Restore the state from meta.json; return where to scan on, and if the stop was clean.
-
-        A bookmark that is missing, damaged or of another log is ignored: it only saves time.
-        """
-        try:
-            with open(os.path.join(self.log.folder, META_NAME), "rb") as file:
-                value = json.loads(file.read())
-            if value.pop("crc32") != _checksum(value) or value["log_id"] != self._log_id():
-                return HEADER.size, False
-            snapshot = Snapshot.of_json(value)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return HEADER.size, False
-        tail, end = snapshot.tail_offset, os.fstat(self.log.fd).st_size
-        if tail != end and not (tail < end and self.log.read(tail, end)):
-            return HEADER.size, False
-        self.state.restore(snapshot)
-        self._bookmark_tail = tail
-        return tail, value["clean"] and tail == end
-
-    def _log_id(self) -> str:
-        return self.log.codec.log_id.hex()
-
-    def wants_bookmark(self) -> bool:
-        """Tell whether the log grew by more than a start should scan; not during compaction,
-        for which a bookmark would wait."""
-        if self._maintenance.locked():
-            return False
-        grown = self.log.tail - self._bookmark_tail
-        return grown >= max(BOOKMARK_BYTES, BOOKMARK_GROWTH * self._bookmark_bytes)
-
-    def bookmark(self, *, clean: bool = False) -> bool:
-        """Write meta.json: where the next start begins to scan. Blocks for several syncs. Return
-        whether it was written; if not, the next start takes longer, nothing else."""
-        with self._maintenance:
-            with self.lock:
-                if self.unlogged:           # a bookmark is a function of the log alone
-                    return False
-                snapshot, log_id = self.state.snapshot(), self._log_id()
-            self.log.sync()
-            value = dict(snapshot.to_json(), log_id=log_id, clean=clean)
-            data = json.dumps(dict(value, crc32=_checksum(value))).encode()
-            try:
-                self.log.storage.write_file(os.path.join(self.log.folder, META_NAME), data)
-            except OSError as error:
-                event(logging.WARNING, "bookmark_failed", queue=self.config.name,
-                      error=error.strerror)
-                return False
-            self._bookmark_tail, self._bookmark_bytes = snapshot.tail_offset, len(data)
-            return True
-
-    # -- compaction
-
-    def use_locked(self, state: State) -> None:
-        """Go on with the state of a new log, which tells all that memory knows."""
-        self.state, self.unlogged = state, 0
-        self._expiry_offset = HEADER.size
-        self._expiry_ms = min(self._expiry_ms, 0 if self.config.ttl else NEVER)
-
-    def wants_compaction(self) -> bool:
-        """Tell whether a rewrite is due: for dead bytes, a full disk, or a path that is lost."""
-        if self._clock.monotonic_ms() < self._compact_after_ms:
-            return False
+    def backup(self) -> Stream:
+        """Return a tar of the queue as it is now: a folder of these files is a queue that holds
+        just what waits. The files stay open, and whole, until it is read or closed."""
+        if self._budget.tight:
+            raise no_room()
         with self.lock:
-            size, (_, held_bytes) = self.log.tail - HEADER.size, self.state.held()
-            enough = COMPACT_DEAD_LOW_BYTES if self.space.left < 0 else COMPACT_DEAD_BYTES
-            dead = size - held_bytes - self._undying_bytes
-            return (self.unlogged > 0 or not self.log.is_in_place()
-                    or (dead >= enough and dead * 2 > size))
-
-    def held_bytes(self) -> int:
-        with self.lock:
-            return self.state.held()[1]
-
-    def compact(self, pause: Callable[[], None] = lambda: None) -> None:
-        """Rewrite the log without dead bytes; durable on return. `pause` is called often.
-
-        Raises CompactionFailed with the old log in use, LogFailed when neither is known good.
-        """
-        with self._maintenance:
-            try:
-                Compaction(self, pause).run()
-            except (OSError, ApiError, LogFailed, CompactionFailed) as error:
-                self._compact_after_ms = self._clock.monotonic_ms() + COMPACT_RETRY_S * 1000
-                if self.log.failure:
-                    raise self.log.failure from None
-                raise CompactionFailed(str(error)) from None
-            with self.lock:
-                self._undying_bytes = self.log.tail - HEADER.size - self.state.held()[1]
-            self._bookmark_tail = 0
-            self.compactions_total += 1
-        self.log.close_replaced()
-        self.bookmark()
-
-
-class Compaction:
-    """One rewrite of a queue's log.
-
-    The new log gets every live message, then what a snapshot of the state says of them, then
-    all that the old log got since. A second state follows by applying each record, as a
-    recovery would; it must hold what the queue holds before it takes the queue's place.
-    """
-
-    def __init__(self, queue: Queue, pause: Callable[[], None]) -> None:
-        self._queue, self._pause = queue, pause
-        with queue.lock:
-            self._snapshot, self._unlogged = queue.state.snapshot(), queue.unlogged
-        self._fresh = queue.log.fresh(self._snapshot.next_id)
-        self._state = State(self._fresh)
-        self._holes: Dict[str, List[List[int]]] = {}     # by subscriber, runs it has settled
-        self._lowest = {place.name: place.lowest for place in self._snapshot.places}
-        self._damaged = False
-        self._last_id = 0                    # of the last message in the new log
-        self._synced = 0                     # bytes of the new log that are on disk
-
-    def run(self) -> None:
+            self._check_open()
+            self._write_settled_locked()
+            frozen, segments = self.state.freeze(), list(self.log.segments.values())
+            files = [(segment, segment.end) for segment in segments]
+            self.log.hold(segments)
         try:
-            self._copy_live()
-            done = self._follow()
-            self._catch_up()
-            self._fresh.sync()
-            with self._queue.lock:
-                self._write(self._records(done, self._queue.log.tail))
-                self._switch_locked()
+            marks_bytes = sum(map(len, frozen.lines(self.log.marks)))
         except BaseException:
-            if self._queue.log.fd != self._fresh.fd:
-                self._fresh.discard()
+            for segment in segments:
+                self.log.release(segment)
             raise
+        size = _tar_bytes(marks_bytes) + sum(_tar_bytes(end) for _, end in files) + TAR_END_BYTES
+        return Stream(size, self._tar(frozen, marks_bytes, files))
 
-    def _copy_live(self) -> None:
-        places, now_ms = self._snapshot.places, self._queue.now_ms()
-        self._write([position(self._lowest[place.name], place.name, now_ms) for place in places])
-        for batch in self._batches(HEADER.size, self._snapshot.tail_offset):
-            messages = [record for record in batch if record.type == MESSAGE]
-            with self._queue.lock:
-                live = [record for record in messages if self._queue.state.holds(record.id)]
-            self._write(live)
-            self._note_holes(live)
-        for place in places:
-            records = [settled(first, last, place.name, now_ms)
-                       for first, last in self._holes.get(place.name, ()) if first != LEFT]
-            records.extend(place.retries(place.name, now_ms))
-            for at in range(0, len(records), 500):
-                self._write(records[at:at + 500])
-                self._pause()
+    def _tar(self, frozen: Frozen, marks_bytes: int,
+             files: List[Tuple[Segment, int]]) -> Iterator[bytes]:
+        """Yield the parts of a backup. A segment is held until it was read."""
+        try:
+            yield b""                        # begun: so that what is below is done at the end
+            yield _tar_head(META_NAME, marks_bytes)
+            yield from frozen.lines(self.log.marks)
+            yield _tar_end(marks_bytes)
+            del frozen                       # its pages are copies by and by
+            while files:
+                segment, end = files[0]
+                yield _tar_head(segment.name, end)
+                for at in range(0, end, PIECE_BYTES // 2):
+                    # What was freed or emptied since it began is there for this alone.
+                    if self.space.left < 0 and any(s.is_gone or s.end < e for s, e in files):
+                        raise CompactionFailed("the disk is nearly full (min_free_bytes)")
+                    to = min(at + PIECE_BYTES // 2, end)
+                    data = self.log.read_raw(segment, to - at, at)
+                    if len(data) < to - at:
+                        raise CompactionFailed(f"{segment.name} is shorter than it was")
+                    yield data
+                if segment.is_unreadable:
+                    event(logging.ERROR, "backup_lacks_unreadable", queue=self.config.name,
+                          file=segment.name)
+                yield _tar_end(end)
+                del files[0]
+                self.log.release(segment)
+            yield bytes(TAR_END_BYTES)
+        finally:
+            for segment, _ in files:
+                self.log.release(segment)
 
-    def _note_holes(self, records: Sequence[Record]) -> None:
-        """Of messages that someone still needs, find the runs that a subscriber has settled."""
-        for place in self._snapshot.places:
-            runs, lowest = self._holes.setdefault(place.name, [[LEFT, 0]]), self._lowest[place.name]
-            for record in records:
-                if place.holds(record.id):
-                    if runs[-1][0] != LEFT:
-                        runs.append([LEFT, 0])
-                elif record.id >= lowest:
-                    runs[-1] = [min(runs[-1][0], record.id), record.id]
+    # -- snapshots and space: what upkeep does, in steps
 
-    def _follow(self) -> int:
-        """Copy what was appended meanwhile until little is left, or what comes is no longer less
-        than what was copied; return where the rest starts."""
-        done, before = self._snapshot.tail_offset, NEVER
-        while True:
-            tail = self._queue.log.tail
-            if tail - done <= COMPACT_LOCKED_BYTES or tail - done >= before:
-                return done
-            for batch in self._batches(done, tail):
-                self._write(batch)
-            self._fresh.sync()
-            done, before = tail, tail - done
+    def prepare(self) -> None:
+        """Make the next segment ready if the current one needs one soon. Blocks for syncs."""
+        log = self.log
+        if log.ready is None and log.current.end >= READY_BYTES:
+            try:
+                log.make_ready()
+                self._is_unready = False
+            except (DiskFull, StorageError, OSError) as error:   # the current one simply grows
+                was_unready, self._is_unready = self._is_unready, True
+                if not was_unready:
+                    event(logging.WARNING, "segment_not_ready", queue=self.config.name,
+                          error=str(error) or "the disk is full",
+                          advice="until there is a next file, the current one grows")
 
-    def _catch_up(self) -> None:
-        """Do without the lock most of what `_switch_locked` has to do with it. What is not copied
-        yet has higher ids, and must not be passed."""
-        with self._queue.lock:
-            places = [(name, live.cursor_id, live.leased_ids())
-                      for name, live in self._queue.state.subscriptions.items()]
-        for name, cursor_id, leased_ids in places:
-            self._state.subscription(name.encode()).catch_up(
-                min(cursor_id, self._last_id + 1), leased_ids)
-            self._pause()
+    def wants_snapshot(self) -> bool:
+        """Tell whether a start would have to read too much, or a full disk left marks owed."""
+        with self.lock:
+            size, (_, put_bytes, passed) = self.log.snapshot_bytes, self._covered
+            limit = max(SNAPSHOT_DATA_BYTES, size)
+            return (self.owed > 0 or self.log.marks_tail - size > max(MARKS_BYTES, size // 2)
+                    or self.state.start.put_bytes - put_bytes > limit
+                    or any(s.passed_bytes - passed.get(s.name, 0) > limit
+                           for s in self.state.subscriptions.values()))
 
-    def _records(self, start: int, end: int) -> Iterator[Record]:
-        for offset, after, record in self._queue.log.scan(start, end):
-            if record is None:
-                self._damaged = True
-                self._queue.log.set_aside(offset, after)
-            else:
-                yield record
+    def snapshot(self, *, clean: bool = False) -> Steps[bool]:
+        """Write what memory knows in place of the marks. Return whether there was space; then it
+        is durable."""
+        with self.lock:
+            self._write_settled_locked()
+            frozen, since, owed = self.state.freeze(), self.log.marks_tail, self.owed
+            covered = Covered(self._copies, self.state.start.put_bytes, {
+                s.name: s.passed_bytes for s in self.state.subscriptions.values()})
+        done = yield from self.log.write_snapshot(frozen.lines(self.log.marks, clean=clean),
+                                                  since, self.lock)
+        if done:
+            with self.lock:
+                self.owed -= owed            # what was refused since the freeze still is
+                self._covered = covered
+        return done
 
-    def _batches(self, start: int, end: int) -> Iterator[List[Record]]:
-        batch, size = [], 0
-        for record in self._records(start, end):
-            batch.append(record)
-            size += HEAD.size + len(record.payload)
-            if size >= AHEAD_BYTES:
-                yield batch
-                batch, size = [], 0
-                self._pause()
-        yield batch
+    def upkeep(self) -> Steps[None]:
+        """Do what there is to do now: a snapshot, and space that can be freed."""
+        while self.state.trash:
+            yield from self.state.trash.pop().clear()
+        if self.wants_snapshot():
+            yield from self.snapshot()
+        yield from self._put_back_files()
+        yield from self._free_dead_segments()
+        number, before = self._emptiest(), -1
+        while number not in (None, before) and (yield from self._clean(number or 0)):
+            yield from self._free_dead_segments()
+            number, before = self._emptiest(), number or 0
+        yield from self._free_dead_segments()
+        if self.owed:                        # what was freed may be enough
+            yield from self.snapshot()
 
-    def _write(self, records: Iterable[Record]) -> None:
-        records = list(records)
-        if self._fresh.tail - self._synced >= COMPACT_SYNC_BYTES:
-            self._synced = self._fresh.tail
-            self._fresh.sync()
-        if records:
-            self._fresh.append(records, self._state.apply)
-            self._last_id = max([record.id for record in records if record.type == MESSAGE],
-                                default=self._last_id)
+    def _put_back_files(self) -> Steps[None]:
+        for name in self.log.missing_files():
+            event(logging.ERROR, "file_is_missing", file=self.log.file(name),
+                  advice="somebody deleted it; it is written again")
+            if name == META_NAME:
+                yield from self.snapshot()
+                continue
+            segment = self.log.segment_named(name)
+            if segment is self.log.current:
+                self._seal()
+            elif segment is None:
+                with self.lock:
+                    self.log.forget_ready(name)
+            if segment and segment is not self.log.current:
+                try:
+                    yield from self.log.put_back(segment, self.lock)
+                except OSError as error:     # it is tried again
+                    event(logging.WARNING, "file_not_put_back", file=self.log.file(name),
+                          error=error.strerror)
 
-    def _switch_locked(self) -> None:
-        queue, state = self._queue, self._state
-        for name, live in queue.state.subscriptions.items():
-            ours = state.subscription(name.encode())
-            ours.catch_up(live.cursor_id, live.leased_ids())
-            if not (ours.agrees_with(live) or self._damaged):
-                raise CompactionFailed("the new log does not tell what memory knows; the old one "
-                                       "stays")
-        if queue.unlogged != self._unlogged:
-            raise CompactionFailed("the disk was full meanwhile; the new log lacks what it refused")
-        queue.log.replace_with(self._fresh)
-        state.log, state.next_id = queue.log, max(state.next_id, queue.state.next_id)
-        queue.use_locked(state)
+    def _seal(self) -> bool:
+        """Go on in a new segment; return whether there was space for one."""
+        current = self.log.current
+        with contextlib.suppress(DiskFull, OSError):
+            if self.log.ready is None:
+                self.log.make_ready()
+        with self.lock:                      # a put may have done it meanwhile
+            return (self.log.current is not current
+                    or self.log.rotate(self.state.start, self.now_ms()))
+
+    def _sealed(self) -> List[Segment]:
+        return [s for s in list(self.log.segments.values())
+                if s is not self.log.current and s.start]
+
+    def _dead_bytes(self, segment: Segment) -> int:
+        return segment.end - EMPTY_BYTES - self.state.live.get(segment.number, 0)
+
+    def _emptiest(self) -> Optional[int]:
+        """Return the segment to be cleaned next, None if that would not be worth it."""
+        is_low = self.owed > 0 or self.space.is_low()
+        with self.lock:
+            sealed = self._sealed()
+            dead = sum(map(self._dead_bytes, sealed)) + self._dead_bytes(self.log.current)
+            if is_low and self._dead_bytes(self.log.current) >= DEAD_LOW_BYTES:
+                sealed = [*sealed, self.log.current] if self.log.ready else sealed
+            most = DEAD_LOW_BYTES if is_low else self.state.held_bytes + DEAD_BYTES
+            if dead <= most and len(sealed) <= SEGMENTS_MOST:
+                return None
+            cursor = min(s.cursor for s in self.state.subscriptions.values())
+            passed = [s for s in sealed if s.base | s.end <= cursor or s is self.log.current]
+            best = min(passed, key=lambda s: -self._dead_bytes(s) / s.end, default=None)
+            if best is None or self._dead_bytes(best) * 2 < best.end - EMPTY_BYTES:
+                return None
+        if best is self.log.current and not self._seal():
+            return None
+        return best.number
+
+    def compact(self) -> Steps[None]:
+        """Free the dead bytes of all segments that there are now. Raises CompactionFailed; what
+        was freed stays freed."""
+        with self.lock:
+            self._write_settled_locked()
+            sealed = self._dead_bytes(self.log.current) > 0
+        if sealed and not self._seal():
+            raise CompactionFailed("there is no space for another segment")
+        for segment in [s for s in self._sealed() if self._dead_bytes(s) > 0]:
+            if (yield from self._pass_over(segment)) and not (
+                    yield from self._clean(segment.number)):
+                raise CompactionFailed("the disk is nearly full")
+        yield from self._free_dead_segments()
+        self.compactions_total += 1
+
+    def _pass_over(self, segment: Segment) -> Steps[bool]:
+        """Move the cursors that stand in a segment of which half is dead to its end: what waits
+        there becomes entries, the same state told otherwise. Return whether all passed it."""
+        for consumers in self._consumers.values():
+            subscription, passed = consumers.subscription, 0
+            while subscription.cursor < segment.base | segment.end:
+                with self.lock:
+                    half = self._dead_bytes(segment) * 2 >= segment.end - EMPTY_BYTES
+                    if not half or passed > PASSED_OVER or subscription.cursor < segment.base:
+                        return False
+                    for _ in range(AT_ONCE):
+                        message = subscription.at_cursor(MIB)
+                        if message is None or message.offset > segment.base | segment.end:
+                            break
+                        consumers.ready.add(message.id)      # first: no entry is forgotten
+                        subscription.take_in(message)
+                        passed += 1
+                    done = (message is None and not subscription.is_behind) or (
+                        message is not None and message.offset > segment.base | segment.end)
+                yield FREE_WORK_REST_S
+                if done:
+                    break
+        return True
+
+    def _clean(self, number: int) -> Steps[bool]:
+        """Append what is still held of a sealed segment again, so that nothing in it is needed.
+        Return whether there was space for that."""
+        segment = self.log.segments[number]
+        position, end = segment.base | FIRST, segment.base | segment.end
+        while position < end:
+            started = time.perf_counter()
+            messages, position = self.log.read(position, end, SLICE_BYTES)
+            for at in range(0, len(messages), SLICE_MESSAGES):
+                with self.lock:
+                    if not self._copy_locked(number, messages[at:at + SLICE_MESSAGES]):
+                        return False
+                yield self._rest_s(time.perf_counter() - started)
+                started = time.perf_counter()
+            if not messages and position >> SEGMENT_SHIFT != number:
+                break
+        with self.lock:
+            for consumers in self._consumers.values() if self.state.live.get(number) else ():
+                for id_, offset, *_ in list(consumers.entries):      # whose bytes went bad
+                    if offset >> SEGMENT_SHIFT == number:
+                        self._message_locked(consumers, id_)
+        return True
+
+    def _copy_locked(self, number: int, messages: Sequence[Message]) -> bool:
+        subscriptions = self.state.subscriptions.values()
+        held = [m for m in messages if any(s.entries.stands_at(m.id, m.offset)
+                                           for s in subscriptions)]
+        if held and self.space.free_bytes() < self.space.min_free_bytes // 4:
+            return False
+        if held:
+            self._rotate_locked()
+            try:
+                self.log.append([message[:4] for message in held], self.state.apply)
+            except DiskFull:
+                return False
+            self._copies += 1
+            self._copied[number] = self._copies
+        return True
+
+    def _rest_s(self, worked_s: float) -> float:
+        """Rest six times as long as was worked, less as dead bytes outgrow held ones."""
+        dead = max(1, self.log.size - self.state.held_bytes)
+        return worked_s * 6 * min(1, (self.state.held_bytes + DEAD_BYTES) / dead)
+
+    def _free_dead_segments(self, *, is_start: bool = False) -> Steps[None]:
+        """Remove sealed segments in which nothing is held. One out of which a copy was made goes
+        only behind a snapshot that knows the copy."""
+        for segment in self.log.left_over():
+            yield from self.log.remove(segment)
+        with self.lock:
+            dead = [s.number for s in self._sealed() if self.state.is_dead(s.number)]
+        if not dead:
+            return
+        if not is_start and any(self._copied.get(n, 0) > self._covered.copies for n in dead):
+            yield from self.snapshot()
+        self.log.sync()                      # the current one's start tells the next id
+        forgotten = []
+        with self.lock:
+            for number in dead:
+                if self._copied.get(number, 0) <= self._covered.copies:
+                    self.state.leave(number)
+                    self._copied.pop(number, None)
+                    forgotten.append(self.log.forget(number))
+        for segment in forgotten:
+            yield from self.log.remove(segment)
 
 
-def _runs(ids: Iterable[int]) -> List[List[int]]:
+def exhaust(steps: Steps[T]) -> T:
+    """Do all steps without a rest; return what they give."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def _runs(ids: Collection[int]) -> List[List[int]]:
     """Return the runs [first, last] of neighbours among `ids`."""
+    if len(ids) == 1:
+        return [[*ids, *ids]]
     runs: List[List[int]] = []
     for id_ in sorted(ids):
         if runs and id_ == runs[-1][1] + 1:
@@ -2797,20 +4223,19 @@ def _runs(ids: Iterable[int]) -> List[List[int]]:
     return runs
 
 
-def _checksum(value: Dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
 # ---- Broker -------------------------------------------------------------------------------
 # All queues and tokens, and the threads that keep them: nothing here knows HTTP.
 
 DRAINING, RECOVERING = "draining", "recovering"
+UPKEEP_S = 1                     # how often syncs are made that nobody waits for
 
 
 class Job(NamedTuple):
-    """A wish for a compaction. `done` is called once, with what went wrong, if anything did."""
+    """Steps that upkeep does for a queue. `done` is called once, with what went wrong, if
+    anything did."""
 
     queue: Queue
+    steps: Steps[object]
     done: Callable[[Optional[Exception]], None] = lambda _: None
 
 
@@ -2882,20 +4307,25 @@ class Broker:
         self._clock = clock or Clock()
         self._timing = threading.Condition()
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
+        self._called = threading.Event()     # upkeep is wanted before its second is over
+        self._jobs: Dict[str, List[Job]] = {}            # by queue, the first under way
+        self._compacting: Dict[str, List[Callable[[Optional[Exception]], None]]] = {}
+        self._jobs_lock = threading.Lock()   # guards both, but for what only upkeep does
+        self._reads: queues.SimpleQueue[Optional[Callable[[], None]]] = queues.SimpleQueue()
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
                                         fsync=settings.fsync, clock=clock, space=self.space,
                                         subscribers=config.subscribers(item),
                                         budget=self.budget, staging=self.staging,
-                                        lead=self.syncers.lead, wake_at=self._wake_at)
+                                        lead=self.syncers.lead, wake_at=self._wake_at,
+                                        call_upkeep=self._called.set)
                        for item in config.queues}
         self._low_space = False
+        self._owing: Set[str] = set()        # queues whose marks find no space
         self._stuck: Set[str] = set()        # queues whose dead letters find no space
         self._stopping = threading.Event()
-        self._jobs: queues.SimpleQueue[Optional[Job]] = queues.SimpleQueue()
-        self._compacting: Set[str] = set()
         self._threads = [threading.Thread(target=self._guard, args=(work,), name=work.__name__,
                                           daemon=True)
-                         for work in (self._timers, self._upkeep, self._compactor)]
+                         for work in (self._timers, self._upkeep, self._mover, self._reader)]
 
     def lock(self) -> None:
         """Lock every queue's folder, in sorted order; all or none. Raises StorageError."""
@@ -2910,39 +4340,87 @@ class Broker:
     def recover(self) -> None:
         """Recover every queue and start the threads. Raises StorageError, OSError."""
         for queue in self.queues.values():
-            queue.recover()
+            try:
+                queue.recover()
+            except (DiskFull, MemoryError) as error:
+                what = "memory" if isinstance(error, MemoryError) else "space"
+                raise StorageError(f"{queue.log.folder}: no {what} to start with") from None
         for thread in self._threads:
             thread.start()
         self.unready = None
 
-    def close(self) -> None:
-        """Stop the threads and close every queue with a clean bookmark."""
+    def close(self) -> bool:
+        """Stop the threads and close every queue with a clean snapshot. Return whether all that
+        memory knew is on disk."""
         self._stopping.set()
+        self._called.set()
         self._wake_at(0)
-        self._jobs.put(None)
+        self._reads.put(None)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        for queue in self.queues.values():
-            queue.close()
+        for jobs in self._jobs.values():
+            for job in jobs:
+                job.steps.close()
+                job.done(CompactionFailed("the server is stopping"))
+        done = [queue.close() for queue in self.queues.values()]
+        return all(done)
+
+    def do(self, queue: Queue, steps: Steps[object],
+           done: Callable[[Optional[Exception]], None] = lambda _: None) -> None:
+        """Have upkeep do steps for a queue, behind those that it does already."""
+        with self._jobs_lock:
+            self._jobs.setdefault(queue.config.name, []).append(Job(queue, steps, done))
+        self._called.set()
 
     def compact(self, queue: Queue, done: Callable[[Optional[Exception]], None]) -> None:
-        """Have a queue compacted; `done` is called once it was tried."""
-        self._jobs.put(Job(queue, done))
+        """Have upkeep compact a queue. Who asks while it does waits for the same."""
+        name = queue.config.name
+        with self._jobs_lock:
+            waiting = self._compacting.setdefault(name, [])
+            waiting.append(done)
+            if len(waiting) > 1:
+                return
+
+        def tell(error: Optional[Exception]) -> None:
+            with self._jobs_lock:
+                waiting = self._compacting.pop(name)
+            for done in waiting:
+                done(error)
+        self.do(queue, queue.compact(), tell)
 
     def end_round(self) -> None:
         """Write what the queues were told in this round. Does not wait for a disk, unless there
         are no threads for that."""
-        while self.staging:
-            self.staging.pop().flush()
+        for queue in list(self.staging):     # each leaves once all is written
+            queue.flush()
         for log in list(self.syncers.unserved):
             if not log.lead_once():
                 self.syncers.unserved.remove(log)
 
     def dismiss(self) -> None:
-        """Answer all who wait for a message with None."""
+        """Answer all who wait: for a message with None, for a compaction that it failed."""
         for queue in self.queues.values():
             queue.dismiss()
+        with self._jobs_lock:
+            waiting = list(itertools.chain(*self._compacting.values()))
+            for several in self._compacting.values():
+                several.clear()
+        for done in waiting:
+            done(CompactionFailed("the server is stopping; what was freed is"))
+
+    def read(self, work: Callable[[], T], done: Callable[[Union[T, Exception]], None]) -> None:
+        """Have another thread do what waits for a disk; `done` gets what it gives or raises."""
+        def act() -> None:
+            try:
+                result: Union[T, Exception] = work()
+            except LogFailed as failure:     # whoever asked may be gone
+                self.on_failure(failure)
+                result = failure
+            except Exception as error:
+                result = error
+            done(result)
+        self._reads.put(act)
 
     # -- threads
 
@@ -2980,17 +4458,66 @@ class Broker:
                     self._timing.wait(min(left_ms, MAX_SLEEP_MS) / 1000)
 
     def _upkeep(self) -> None:
-        while not self._stopping.wait(1):
-            self._watch_space()
+        """Each second what has to be done each second; in between the steps of the jobs, one of
+        each queue in turn, and a rest for as long as the longest of them wants."""
+        next_s = 0.0
+        while not self._stopping.is_set():
+            if time.monotonic() >= next_s:
+                next_s = time.monotonic() + UPKEEP_S
+                self._each_second()
+                self._called.set()
+            if self._called.is_set():
+                self._called.clear()
+                for queue in self.queues.values():
+                    queue.prepare()
+            rests_s = [self._step(name) for name in list(self._jobs)]
+            left_s = max(0, next_s - time.monotonic())
+            if rests_s:                      # none may keep the syncs of each second waiting
+                self._stopping.wait(min(max(rests_s), left_s))
+            else:
+                self._called.wait(left_s)
+
+    def _each_second(self) -> None:
+        self._watch_space()
+        for name, queue in self.queues.items():
+            if queue.log.fsync == "everysec":
+                queue.log.sync()
+            if queue.log.fsync != "no":
+                queue.log.sync_marks()
+            if name not in self._jobs:
+                self.do(queue, queue.upkeep())
+
+    def _step(self, name: str) -> float:
+        """Do a step of a queue's first job; return for how long to rest."""
+        job = self._jobs[name][0]
+        failed: Optional[Exception] = None
+        try:
+            return next(job.steps)
+        except StopIteration:
+            pass
+        except CompactionFailed as error:
+            failed = error
+            event(logging.WARNING, "compaction_failed", queue=name, error=error)
+        except LogFailed:
+            raise
+        except Exception as error:           # the others go on, and this one's next job
+            failed = error
+            log_event.exception("upkeep_failed queue=%s", name)
+        with self._jobs_lock:
+            self._jobs[name].pop(0)
+            if not self._jobs[name]:
+                del self._jobs[name]
+        job.done(failed)
+        return 0
+
+    def _reader(self) -> None:
+        for act in iter(self._reads.get, None):
+            act()
+
+    def _mover(self) -> None:
+        while not self._stopping.wait(UPKEEP_S):
             for queue in self.queues.values():
-                if queue.log.fsync == "everysec":
-                    queue.log.sync()
                 self._move_dead_letters(queue)
-                if queue.wants_bookmark():
-                    queue.bookmark()
-                if queue.config.name not in self._compacting and queue.wants_compaction():
-                    self._compacting.add(queue.config.name)
-                    self._jobs.put(Job(queue))
 
     def _move_dead_letters(self, queue: Queue) -> None:
         """Put dead letters where they belong, then settle them: a crash between repeats them.
@@ -3000,63 +4527,34 @@ class Broker:
                 return
             target = self.queues[queue.config.dead_letter or ""]
             try:
+                if self.space.free_bytes() < self.space.min_free_bytes // 2:
+                    raise DiskFull           # or they would fill it, and nothing could free it
                 target.put([message.payload for _, message in letters], limited=False)
-            except ApiError as error:        # they stay where they are, to be tried again
+            except (ApiError, DiskFull) as error:    # they stay where they are, to be tried again
                 if queue.config.name not in self._stuck:
                     event(logging.WARNING, "dead_letters_wait", queue=queue.config.name,
-                          error=error)
+                          error=str(error) or "the disk is full")
                 self._stuck.add(queue.config.name)
                 return
             self._stuck.discard(queue.config.name)
             queue.bury(letters)
 
-    def _compactor(self) -> None:
-        for job in iter(self._jobs.get, None):
-            failed: Optional[Exception] = None
-            try:
-                self._compact(job.queue)
-            except Exception as error:
-                failed = error
-                event(logging.WARNING, "compaction_failed", queue=job.queue.config.name,
-                      error=error)
-                if not isinstance(error, (CompactionFailed, OSError)):
-                    raise
-            finally:
-                self._compacting.discard(job.queue.config.name)
-                job.done(failed)
-
-    def _compact(self, queue: Queue) -> None:
-        settings = self.config.settings
-        live, free = queue.held_bytes(), self.space.free_bytes()
-        # While puts are refused anyway, a rewrite is what gets the space back.
-        spare = settings.min_free_bytes if free >= settings.min_free_bytes else 0
-        if live + spare > free:
-            raise CompactionFailed(f"needs {live + spare} free bytes, there are {free}")
-        before, started = queue.log.tail, time.monotonic()
-        queue.compact(self._pacer())
-        event(logging.INFO, "compacted", queue=queue.config.name, bytes_before=before,
-              bytes_after=queue.log.tail, seconds=round(time.monotonic() - started, 3))
-
-    def _pacer(self) -> Callable[[], None]:
-        """Return what compaction calls often: it works for a slice, then sleeps for longer."""
-        started = time.perf_counter()
-
-        def pause() -> None:
-            nonlocal started
-            if self._stopping.is_set():
-                raise CompactionFailed("the server is stopping")
-            if time.perf_counter() - started >= COMPACT_SLICE_S:
-                time.sleep(COMPACT_SLEEP_S)
-                started = time.perf_counter()
-        return pause
-
     def _watch_space(self) -> None:
         self.space.look()
-        low = self.space.left < 0
+        low = self.space.left <= 0
         if low != self._low_space:
             self._low_space = low
             event(logging.WARNING, "disk_nearly_full" if low else "disk_has_space",
-                  path=self.config.settings.path, left_bytes=self.space.left)
+                  path=self.config.settings.path,
+                  free_bytes=self.space.left + self.space.min_free_bytes,
+                  min_free_bytes=self.space.min_free_bytes)
+        owing = {name for name, queue in self.queues.items() if queue.owed}
+        for name in owing - self._owing:
+            event(logging.WARNING, "marks_owed", queue=name, advice="the disk is full: takes go "
+                  "on, but a restart would repeat them; free some space")
+        for name in self._owing - owing:
+            event(logging.INFO, "marks_paid", queue=name)
+        self._owing = owing
 
 
 # ---- Metrics ------------------------------------------------------------------------------
@@ -3069,13 +4567,13 @@ METRICS: Sequence[Tuple[str, str, str]] = (
     (PREFIX + "messages_out_total", "counter", "Total number of messages taken out of a queue"),
     (PREFIX + "messages", "gauge", "Messages that are ready, leased or delayed"),
     (PREFIX + "oldest_message_age_seconds", "gauge", "Age of the oldest message, 0 when empty"),
-    (PREFIX + "log_bytes", "gauge", "Size of a queue's data.log"),
+    (PREFIX + "log_bytes", "gauge", "Size of a queue's files"),
     (PREFIX + "messages_redelivered_total", "counter", "Messages that came back to be taken again"),
     (PREFIX + "messages_expired_total", "counter", "Messages that grew older than ttl"),
     (PREFIX + "messages_dead_lettered_total", "counter",
      "Messages moved to the dead-letter queue, or dropped after max_deliveries for lack of one"),
     (PREFIX + "corrupt_records_total", "counter", "Damaged places found in a queue's log"),
-    (PREFIX + "compactions_total", "counter", "Rewrites of a queue's log"),
+    (PREFIX + "compactions_total", "counter", "Times that a queue was compacted"),
     (PREFIX + "http_requests_total", "counter", "Answered requests"),
     (PREFIX + "fsync_duration_seconds", "summary", "Time that fdatasync took"),
     (PREFIX + "active", "gauge", "1 while this node serves its queues"),
@@ -3337,7 +4835,7 @@ class Answer(NamedTuple):
     what counts in the budget until then, besides what the queue counts for `taken`."""
 
     status: int = 200
-    body: bytes = b""
+    body: Union[bytes, Stream] = b""
     headers: bytes = b""
     taken: Optional[Tuple[Queue, Delivery]] = None
     held: int = 0
@@ -3346,6 +4844,8 @@ class Answer(NamedTuple):
 
 def error_answer(error: Exception) -> Answer:
     """Return what a client is told of an error."""
+    if isinstance(error, DiskFull):
+        error = ApiError(503, "The disk is full; nothing was queued, try again later")
     if isinstance(error, ApiError):
         return Answer(error.status, error.message.encode() + b"\n", TEXT + error.headers,
                       close=error.close)
@@ -3532,8 +5032,9 @@ def split_lines(body: bytes) -> List[bytes]:
 
 def take(call: Call) -> Optional[Answer]:
     queue, subscriber, wait_s = call.queue, call.subscriber, call.number("wait")
-    if not (wait_s or queue.config.ttl):
-        return answer_with(queue, queue.take(subscriber, call.route.wish))
+    if not wait_s:
+        with contextlib.suppress(Behind):
+            return answer_with(queue, queue.take(subscriber, call.route.wish, at_once=True))
 
     def answer(delivery: Optional[Delivery]) -> None:
         draining = delivery is None and call.service.broker.unready
@@ -3565,7 +5066,7 @@ def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
         return render_delivery(queue, delivery)
     except Exception:
         if delivery:
-            queue.retry(delivery)
+            queue.put_back(delivery)
         raise
 
 
@@ -3575,14 +5076,14 @@ def render_delivery(queue: Queue, delivery: Optional[Delivery]) -> Answer:
         return Answer(404, b"Queue is empty\n", TEXT + b"Message-Count: 0\r\n")
     first, body, content_type = delivery.messages[0], b"", queue.content_type
     headers = b"Message-Id: %d\r\nMessage-Age: %d\r\nDelivery-Count: %d\r\n" % (
-        first.id, max(0, queue.now_ms() - first.time_ms) // 1000, first.delivery)
+        first.id, max(0, queue.now_ms() - first.time_ms) // 1000, delivery.counts[0] + 1)
     if delivery.as_lines:
         content_type = b"Content-Type: %b\r\n" % NDJSON
         headers += b"Message-Count: %d\r\n" % len(delivery.messages)
         body = b"".join([m.payload if m.payload.endswith(b"\n") else m.payload + b"\n"
                          for m in delivery.messages])
         if delivery.held > SHARE_BYTES:      # not twice in memory
-            delivery = delivery.without_payloads()
+            delivery = delivery._replace(messages=())
     if delivery.lease is not None:
         headers += b"Lease-Id: %0*x\r\n" % (KEY_BITS // 4, delivery.lease)
     return Answer(200, body or first.payload, content_type + headers, (queue, delivery))
@@ -3603,9 +5104,21 @@ def extend(call: Call) -> Answer:
     return Answer()
 
 
-def peek(call: Call) -> Answer:
-    delivery = call.queue.peek(call.route.subscriber, call.route.wish)
-    return render_delivery(call.queue, delivery)._replace(taken=None)
+def peek(call: Call) -> Optional[Answer]:
+    def look() -> Answer:
+        delivery = call.queue.peek(call.route.subscriber, call.route.wish, at_once=True)
+        return render_delivery(call.queue, delivery)._replace(taken=None)
+
+    def done(result: Union[Answer, Exception]) -> None:
+        if isinstance(result, Behind):       # reading on may take long: others have their turn
+            call.service.broker.read(look, done)
+        else:
+            call.client.finish_with(result)
+    try:
+        return look()
+    except Behind as behind:
+        done(behind)
+        return None
 
 
 def compact(call: Call) -> None:
@@ -3614,12 +5127,26 @@ def compact(call: Call) -> None:
     call.service.broker.compact(call.queue, done)
 
 
-def purge(call: Call) -> None:
-    count, number = call.queue.purge()
+def backup(call: Call) -> None:
+    headers = b"Content-Type: application/x-tar\r\n"
 
-    def done(failure: Optional[LogFailed]) -> None:
-        call.client.finish_with(failure or Answer(200, b"%d\n" % count, TEXT))
-    call.queue.when_durable(number, done)
+    def done(result: Union[Stream, Exception]) -> None:
+        call.client.finish_with(result if isinstance(result, Exception)
+                                else Answer(200, result, headers))
+    call.service.broker.read(call.queue.backup, done)
+
+
+def purge(call: Call) -> None:
+    queue, count = call.queue, call.queue.purge()
+
+    def done(failure: Optional[Exception]) -> None:
+        owed = ApiError(503, "Dropped, but the disk has no space to note it: a restart brings it "
+                             "back; free some space, purge again") if queue.owed else None
+        call.client.finish_with(failure or owed or Answer(200, b"%d\n" % count, TEXT))
+    if queue.owed:                           # upkeep frees what was dropped, and writes it down
+        call.service.broker.do(queue, queue.upkeep(), done)
+    else:
+        queue.when_durable(queue.log.appends, done, marks=True)
 
 
 def show_stats(call: Call) -> Answer:
@@ -3649,9 +5176,11 @@ def show_root(call: Call) -> Answer:
 
 
 def show_ready(call: Call) -> Answer:
-    if call.service.broker.unready:
-        raise unready(call.service.broker.unready)
-    return Answer(200, b"ready\n", TEXT)
+    broker = call.service.broker
+    if broker.unready:
+        raise unready(broker.unready)
+    owes = any(queue.owed for queue in broker.queues.values())
+    return Answer(200, b"ready; marks owed\n" if owes else b"ready\n", TEXT)
 
 
 def show_metrics(call: Call) -> Answer:
@@ -3693,7 +5222,9 @@ ACTIONS: Mapping[str, Action] = {
     "peek": Action(GET_OR_HEAD, "peek", peek, "GET: look at the oldest message without taking it",
                    {"max": MAX}),
     "compact": Action(GET_OR_POST, "admin", compact,
-                      "GET: rewrite the queue's log without dead bytes"),
+                      "GET: free the space of what is done"),
+    "backup": Action(("GET",), "admin", backup,
+                     "GET: a tar of the queue as it is now; unpacked, its folder"),
     "purge": Action(("POST",), "admin", purge, "POST: drop every message of the queue"),
     "stats": Action(GET_OR_HEAD, "any", show_stats, "GET: numbers of the token's queues as JSON",
                     on_queue=None),
@@ -3837,7 +5368,7 @@ def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
 READ, LATE, WRITE, LINGER, CLOSED = "read", "late", "write", "linger", "closed"
 EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 HANG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-Steps = Generator[None, None, T]             # yields when it needs more bytes, or gives way
+Received = Generator[None, None, T]          # yields when it needs more bytes, or gives way
 Piece = Tuple[Union[bytes, memoryview], Optional[Answer]]    # an answer is at its last piece
 
 
@@ -3872,13 +5403,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._begun = False                  # a request's first byte came, its answer did not go
         self._moved = 0                      # bytes of body or answer since `deadline` was set
         self._route: Optional[Route] = None  # of the request under way
-        self._body: Optional[Steps[Any]] = None      # receives its body, or that of the last one
+        self._body: Optional[Received[Any]] = None   # receives its body, or that of the last one
         self._unread = False                 # what nobody will read may still come
         self._held = 0                       # what the body counts in the budget
         self._when_gone: Optional[Callable[[], None]] = None
         self._out: List[Piece] = []          # to be sent
         self._blocked = False                # the client took no more: epoll tells when it does
         self._closing = False                # once all is sent
+        self._stream: Optional[Stream] = None        # of the answer under way, not yet at its end
+        self._reading = False                # a piece of it, elsewhere
+        self._left_s = math.inf              # of `deadline`, which stands still meanwhile
 
     # -- what the poll and the actions call
 
@@ -3894,6 +5428,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.poll.sending.append(self)
         if not self.queued:
             self.serve()
+
+    def look_again(self) -> None:
+        """Have it served in the next round as if there were something to read, and to send."""
+        self._readable = True
+        if self._out and not self._blocked:
+            self.poll.sending.append(self)
+        self.poll.later(self)
 
     def serve(self) -> None:
         """Serve one share of what there is; the rest waits in the backlog."""
@@ -3917,8 +5458,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.state == READ and (self._readable or self._at < len(self._data)):
             self.poll.later(self)
 
-    def finish_with(self, result: Union[Answer, Exception]) -> None:
-        """Give the late answer. Called once, by any thread."""
+    def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
+        """Give the late answer, or a piece of its stream. Called once each, by any thread."""
         self.poll.finish(self, result)
 
     def is_gone(self) -> bool:
@@ -3959,9 +5500,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for _, answer in self._out:
                 self.poll.left(answer, sent=False)
             self._out.clear()
+            if self._stream:
+                self._let_go(self._stream)
             self._hung_up = True
             with contextlib.suppress(MemoryError):       # who matches the waiter finds it gone
                 self.when_gone(self._when_gone)
+
+    def drop(self, result: object) -> None:
+        """Let go of an answer that came after the end."""
+        if isinstance(result, Answer):
+            self.poll.left(result, sent=False)
+            if isinstance(result.body, Stream):
+                self._let_go(result.body)
+
+    def _let_go(self, stream: Stream) -> None:
+        """Have a stream closed where it is read: behind a piece that may be under way, and
+        because closing a file that is freed takes long."""
+        self.poll.service.broker.read(stream.close, lambda _: None)
 
     # -- requests
 
@@ -4090,7 +5645,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return True
         return False
 
-    def _exactly(self, size: int, body: bytearray) -> Steps[bytearray]:
+    def _exactly(self, size: int, body: bytearray) -> Received[bytearray]:
         """Append `size` bytes to `body`. Raises ApiError 503 when clients hold too much."""
         while True:
             start, self._at = self._at, min(self._at + size, len(self._data))
@@ -4106,7 +5661,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return body
             yield
 
-    def _line(self) -> Steps[bytes]:
+    def _line(self) -> Received[bytes]:
         """Return a line of a chunked body's framing, without its CR LF."""
         checked = 0
         while True:
@@ -4120,7 +5675,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return line[:-2]
             yield
 
-    def _chunks(self) -> Steps[bytearray]:
+    def _chunks(self) -> Received[bytearray]:
         """Receive a chunked body (RFC 9112, 7.1); extensions and trailers are skipped."""
         broker, body, extensions = self.poll.service.broker, bytearray(), 0
         while True:
@@ -4157,36 +5712,58 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- answers
 
-    def take_up(self, result: Union[Answer, Exception]) -> None:
+    def take_up(self, result: Union[Answer, bytes, Exception]) -> None:
         """Give the answer to the request under way. Called by the polling thread."""
-        answer = result if isinstance(result, Answer) else self._answer_to(result)
-        request = self._route.request if self._route else None
-        self._route = self._when_gone = None
-        if self._held or self._body:
-            self._drop_body()
-        skip = 0
-        if self._unread and request and not (request.chunked or request.expects):
-            skip = request.length if request.length <= SKIPPED_BODY_BYTES else 0
-        keep_alive = bool(request and request.keep_alive and not answer.close
-                          and (skip or not self._unread)
-                          and self.poll.service.broker.unready != DRAINING)
-        self._unread = answer.close or (self._unread and not (skip and keep_alive))
+        if self._stream:
+            self._take_up_piece(result)
+            return
         try:
+            assert not isinstance(result, bytes)
+            answer = result if isinstance(result, Answer) else self._answer_to(result)
+            request = self._route.request if self._route else None
+            self._route = self._when_gone = None
+            if self._held or self._body:
+                self._drop_body()
+            skip = 0
+            if self._unread and request and not (request.chunked or request.expects):
+                skip = request.length if request.length <= SKIPPED_BODY_BYTES else 0
+            keep_alive = bool(request and request.keep_alive and not answer.close
+                              and (skip or not self._unread)
+                              and self.poll.service.broker.unready != DRAINING)
+            self._unread = answer.close or (self._unread and not (skip and keep_alive))
             self._render(answer, request, keep_alive)
-        except Exception:
-            self.poll.left(answer, sent=False)
+        except Exception:                    # what was taken for it is put back
+            self.drop(result)
             raise
         self.poll.service.count(request.action if request else None, answer.status)
         if self.poll.debug:
             self._log(request, answer)
         self.state = READ if keep_alive and not self._blocked else WRITE
         self._closing = not keep_alive
+        if self._stream:
+            self.state = LATE                # for its pieces
+            return
         if keep_alive and skip:
             self._body = self._exactly(skip, bytearray())
         if self.state == READ and not skip:
             self._await_next()
         else:
             self._wait_for(self.poll.request_timeout)
+
+    def _take_up_piece(self, result: object) -> None:
+        """Have the next piece of a stream sent. The last one ends the answer; one that could not
+        be read ends the connection, so that the client sees that something is missing."""
+        assert self._stream
+        self._reading, self.deadline = False, self.poll.now + self._left_s
+        if not isinstance(result, bytes):
+            event(logging.WARNING, "stream_cut_off", client=self.peer, error=result)
+            self.close()
+        elif result:
+            self.poll.budget.hold(len(result))
+            self._write(result, Answer(held=len(result)))
+        else:
+            self._stream, self.state = None, WRITE
+            self.poll.sending.append(self)
 
     def _log(self, request: Optional[Request], answer: Answer) -> None:
         if request is None:
@@ -4200,13 +5777,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer_to(self, error: Exception) -> Answer:
         if isinstance(error, LogFailed):
             self.poll.service.broker.on_failure(error)
-        if not isinstance(error, ApiError):  # not for anything that a client or a disk can do
+        if not isinstance(error, (ApiError, DiskFull)):      # nothing that a client can do
             log_event.error("request_failed client=%s", self.peer, exc_info=error)
         return error_answer(error)
 
     def _render(self, answer: Answer, request: Optional[Request], keep_alive: bool) -> None:
         head = render_head(answer, keep_alive=keep_alive, old=bool(request and request.old))
         body = b"" if request and request.method == "HEAD" else answer.body
+        if isinstance(body, Stream):
+            self._stream, body = body, b""
         size = len(body)
         if size + sum([len(piece) for piece, _ in self._out]) > UNCOUNTED_BYTES:
             if not (answer.taken and answer.taken[1].held):
@@ -4247,6 +5826,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if out:
             self._go_on_sending()
+        elif self.state == LATE and self._stream and not self._reading:
+            self._left_s, self._reading = self.deadline - self.poll.now, True
+            self.deadline = math.inf
+            self.poll.service.broker.read(self._stream.read, self.finish_with)
         elif self.state == LATE:
             self.deadline = math.inf
         elif self.state == WRITE and self._closing:
@@ -4321,7 +5904,7 @@ class Poll:
         self.share = 0                       # what is left of it for the connection that is served
         self.sending: List[Handler] = []     # those that have something to send in this round
         self._backlog: Deque[Handler] = collections.deque()
-        self._done: Deque[Tuple[Handler, Union[Answer, Exception]]] = collections.deque()
+        self._done: Deque[Tuple[Handler, Union[Answer, bytes, Exception]]] = collections.deque()
         self._sleeping = False               # whoever adds to `_done` has to ring
         self._bell, self._rope = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.epoll = select.epoll()
@@ -4329,7 +5912,7 @@ class Poll:
 
     # -- for any thread
 
-    def finish(self, handler: Handler, result: Union[Answer, Exception]) -> None:
+    def finish(self, handler: Handler, result: Union[Answer, bytes, Exception]) -> None:
         """Have a late answer taken up."""
         self._done.append((handler, result))
         if self._sleeping:
@@ -4362,7 +5945,10 @@ class Poll:
             self.budget.hold(-answer.held)
         if answer and answer.taken:
             queue, delivery = answer.taken
-            (queue.settle if sent else queue.retry)(delivery)
+            try:
+                (queue.settle if sent else queue.retry)(delivery)
+            except BaseException as error:   # no memory: it would be out for ever
+                queue.log.give_up(error)
 
     # -- a round, in its order
 
@@ -4386,6 +5972,12 @@ class Poll:
                 others.append((fd, flags))
         return others
 
+    def look_again(self) -> None:
+        """After a round that was cut off: no event comes twice, so each connection may have had
+        one, or something to send."""
+        for handler in list(self.handlers.values()):
+            handler.look_again()
+
     def sweep(self) -> None:
         """End what is over its deadline."""
         for handler in [h for h in self.handlers.values() if h.deadline < self.now]:
@@ -4408,8 +6000,8 @@ class Poll:
             if handler.state == LATE:
                 self._have(handler, handler.take_up, result)
                 handler.go_on()
-            elif isinstance(result, Answer):     # it was closed for what should not happen
-                self.left(result, sent=False)
+            else:                            # it was closed meanwhile
+                handler.drop(result)
         sending, self.sending = self.sending, []
         for handler in sending:
             self._have(handler, handler.send)
@@ -4481,6 +6073,7 @@ class Server(http.server.ThreadingHTTPServer):
                 except LogFailed as failure:
                     self.broker.on_failure(failure)
                 except Exception:            # not for anything that a client or a disk can do
+                    self.poll.look_again()
                     log_event.exception("serving_failed")
                     time.sleep(PAUSE_S)
         finally:
@@ -4528,14 +6121,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     # -- the end
 
-    def drain(self) -> None:
-        """Stop accepting, let requests under way end (DRAIN_S at most), close every queue."""
+    def drain(self) -> bool:
+        """Stop accepting, let requests under way end (DRAIN_S at most), close every queue. Return
+        whether all that memory knew is on disk."""
         self.broker.unready = DRAINING
         self._drain_until = time.monotonic() + DRAIN_S
         self.poll.ring()
         self._ended.wait(DRAIN_S + POLL_S)   # in vain if there was no thread to sync in
-        self.broker.close()
+        done = self.broker.close()
         self.server_close()
+        return done
 
     def _is_drained(self) -> bool:
         """Tell whether nothing is under way any more; called once a stop was asked for."""
@@ -4558,7 +6153,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 def _raise_file_limit(max_connections: int, queue_count: int) -> int:
     """Raise the soft limit of open files; return how many connections it allows."""
-    spare = 64 + 4 * queue_count             # logs, their rewrites, bookmarks, sockets
+    spare = 64 + 16 * queue_count            # segments, marks, sockets
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, max_connections + REFUSED_CONNECTIONS + spare)
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -4590,8 +6185,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"micro_queue: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        advice = (f"settings.path: cannot use {error.filename}: {error.strerror}; it must be a "
-                  f"folder that user {os.geteuid()} may write" if error.filename else str(error))
+        advice = (f"settings.path: cannot use {error.filename}: {error.strerror}; user "
+                  f"{os.geteuid()} must own the queue folders and the files in them"
+                  if error.filename else str(error))
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            advice = f"{error.strerror}: raise their limit (ulimit -n, LimitNOFILE in systemd)"
         print(f"micro_queue: {advice}", file=sys.stderr)
         return 3
     except (StorageError, CompactionFailed, ApiError) as error:
@@ -4628,20 +6226,17 @@ def run(config: Config) -> int:
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         event(logging.WARNING, "no_reload", advice="restart to use a changed config")
     event(logging.INFO, "draining")
-    server.drain()
+    if not server.drain():
+        event(logging.ERROR, "marks_owed", advice="the disk is full: some messages that were "
+              "settled come back at the next start")
+        return 4
     event(logging.INFO, "stopped")
     return 0
 
 
 def warn_about(path: str) -> None:
     """Log a warning for a data folder that does not outlive a reboot."""
-    real = os.path.realpath(path)
-    kind = ""
-    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as file:
-        mounts = [line.split()[1:3] for line in file]
-        kind = max((point, kind) for point, kind in mounts
-                   if (real + "/").startswith(point.rstrip("/") + "/"))[1]
-    if kind == "tmpfs" or (real + "/").startswith("/tmp/"):
+    if filesystem_of(path)[1] == "tmpfs" or os.path.realpath(path).startswith("/tmp/"):
         event(logging.WARNING, "path_is_temporary", path=path,
               advice="a reboot or a cleaner of /tmp removes it")
 

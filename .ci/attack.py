@@ -613,6 +613,54 @@ def a_thousand_long_polls(ground: Ground) -> None:
             ground.sent(2)
 
 
+# ---- Attacks: what an admin's token may do ---------------------------------------------------
+
+def backups_that_are_read_slowly(ground: Ground) -> None:
+    """40 backups of 80 MiB, each read a bit at a time, while what they hold is freed."""
+    readers = [ground.connect(8 * KIB) for _ in range(40)]
+    for reader in readers:
+        reader.sendall(request("GET", f"/backup/{ATTACKED}"))
+        reader.setblocking(False)
+    ground.sent(len(readers))
+    ground.ask(request("POST", f"/purge/{ATTACKED}"))
+    while True:
+        time.sleep(0.02)
+        for reader in readers:
+            with contextlib.suppress(OSError):
+                reader.recv(4 * KIB)
+
+
+def backups_that_hang_up(ground: Ground) -> None:
+    """At any place, while others put and compact; one that is read to its end is whole."""
+    backup = request("GET", f"/backup/{ATTACKED}")
+    while True:
+        for _ in range(10):
+            reset(ground, backup, read=ground.rng.randrange(1, MIB))
+        ground.ask(request("GET", f"/compact/{ATTACKED}"))
+        with ground.wire() as wire:
+            answer = wire.send(backup).answer()
+            ground.sent(1)
+            if answer is None or answer.status != 200 or answer.body[-1024:] != bytes(1024):
+                ground.fault(f"a backup: {answer and (answer.status, len(answer.body))}")
+
+
+def large_deletes(ground: Ground) -> None:
+    """Purges and compactions, again and again, of more than a segment each."""
+    body = b"\n".join([os.urandom(500).hex().encode()] * 1_000)
+    put = request("POST", f"/in/{ATTACKED}", body,
+                  headers=("Content-Type: application/x-ndjson",))
+    while True:
+        for delete in (("POST", "purge"), ("GET", "compact")):
+            for _ in range(20):
+                ground.ask(put)
+            with ground.wire() as wire:      # half of it, to be copied
+                for _ in range(10):
+                    wire.take("?max=1000", queue=ATTACKED)
+            status = ground.ask(request(delete[0], f"/{delete[1]}/{ATTACKED}"))
+            if status != 200:
+                ground.fault(f"{delete[1]}: {status}")
+
+
 # ---- What is done to the server meanwhile ---------------------------------------------------
 
 class Meanwhile(NamedTuple):
@@ -730,10 +778,10 @@ ATTACKS = (
            ends=True),
     by(a_busy_durable_queue, seconds=(1, LONG_S)),
     by(pipelined_puts),
-    # The rewrite of a log holds its queue for as long as the last part takes: without it the
-    # worst wait is 0.1 s, and the memory 30 MiB more.
-    by(large_uploads, large_uploads, large_uploads, large_uploads, memory_bytes=320 * MIB,
-       allowed_s=1.0),
+    by(large_uploads, large_uploads, large_uploads, large_uploads),
+    by(backups_that_are_read_slowly, prepare=put_big_messages, seconds=(1, LONG_S)),
+    by(backups_that_hang_up, large_uploads, prepare=put_big_messages, seconds=(1, LONG_S)),
+    by(large_deletes, seconds=(2, LONG_S), stops_under_it=True),
     by(a_thousand_long_polls, seconds=(1, LONG_S), stops_under_it=True),
 )
 

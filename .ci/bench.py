@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure micro_queue side by side with what it is to be compared to; print a markdown table.
 
-    python3 .ci/bench.py                             # all rows but the long one
+    python3 .ci/bench.py                             # all rows but the long ones
     python3 .ci/bench.py --rounds 1 --seconds 1      # a first look
     python3 .ci/bench.py --row sync --row idle       # some rows: see ROWS at the end
-    python3 .ci/bench.py --long                      # also while a log of 1 GiB is compacted
+    python3 .ci/bench.py --long                      # also those that take minutes: see LONG
     python3 .ci/bench.py --against OLD.py            # put and take rows for another server too
     python3 .ci/bench.py --calls                     # system calls of a request, by name
 
@@ -45,7 +45,7 @@ from test_micro_queue import (  # noqa: E402
 
 SECOND_QUEUE = "manager-reload"              # of config.example.json, as QUEUE
 MESSAGE = b"m" * 100
-MANY, FEW = 1_000_000, 1_000
+MILLIONS, MANY, FEW = 5_000_000, 1_000_000, 1_000
 BATCH = 1000                                 # messages of a batch
 WAITERS, WAKES = 1000, 500                   # long polls, and puts that wake one each
 IDLERS, SWEEPS_S = 5000, 4                   # idle connections; for how long another one asks
@@ -54,6 +54,8 @@ BATCHED_TAKES_A_SECOND = 700_000             # and in batches
 SLOW_DISK_US = 4000                          # a median fdatasync of a disk that others load
 PROBE_S, PATIENCE_S = 0.5, 300               # a look at it; how long a run waits for it in all
 REPEATS = 3                                  # of a round on it
+STEADY_BATCH, STEADY_RATE, STEADY_S = 100, 720, 60       # messages, batches a second each way
+CPU_CALLS = 20_000                           # requests: the system counts hundredths of seconds
 CALLS, CALL_CONNECTIONS = 1000, (1, 8, 64)   # requests under strace, and over how many at a time
 PATHS = {"put": f"/in/{QUEUE}", "take": f"/out/{QUEUE}", "mix": "/", "lease": "/",
          "batch-put": f"/in/{QUEUE}", "batch-take": f"/out/{QUEUE}?max={BATCH}", "batch-mix": "/",
@@ -431,10 +433,15 @@ def served(answer: Optional[Answer], *statuses: int) -> Answer:
     return answer
 
 
-def ready_count(child: ServerProcess) -> int:
+def metric(child: ServerProcess, name: str, labels: str = "") -> int:
+    """Return a number of the queue, 0 if it is not told."""
     text = served(child.ask("GET", "/metrics")).body.decode()
-    found = re.search(rf'_messages{{queue_name="{QUEUE}",[^}}]*state="ready"}} (\d+)', text)
+    found = re.search(rf'_{name}{{queue_name="{QUEUE}"{labels}}} (\d+)', text)
     return int(found[1]) if found else 0
+
+
+def ready_count(child: ServerProcess) -> int:
+    return metric(child, "messages", ',[^}]*state="ready"')
 
 
 def ratio(one: Load, other: Load) -> Optional[float]:
@@ -464,21 +471,26 @@ def put_batches(child: ServerProcess, count: int, payload: bytes = MESSAGE,
                             ("Content-Type: application/x-ndjson",)))
 
 
-def take_batches(child: ServerProcess, count: int) -> None:
-    """Take at least `count` messages that are there."""
+def take_parts(child: ServerProcess, share: float) -> None:
+    """Take so much of each batch, in the order of the queue; the rest stays until a restart."""
+    taken = round(BATCH * share)
     with child.wire(600) as wire:
-        while count > 0:
-            answer = served(wire.ask("GET", PATHS["batch-take"], token=GET))
-            count -= len(answer.body.splitlines())
+        while True:
+            for query in (f"?max={taken}", f"?max={BATCH - taken}&lease=3600"):
+                if served(wire.ask("GET", PATHS["take"] + query, token=GET), 200,
+                          EMPTY).status == EMPTY:
+                    return
 
 
-def prefill(bench: Bench, count: int, payload: bytes = MESSAGE, settle: int = 0,
+def prefill(bench: Bench, count: int, payload: bytes = MESSAGE, taken: float = 0,
             query: str = "") -> str:
-    """Return a data folder with `count` messages, of which the first `settle` were taken."""
+    """Return a data folder into which `count` messages were put; of any thousand that stand
+    together the share `taken` is gone."""
     folder = bench.new_folder()
     child = bench.start(path=folder)
     put_batches(child, count, payload, query)
-    take_batches(child, settle)
+    if taken:
+        take_parts(child, taken)
     child.stop()
     return folder
 
@@ -816,15 +828,127 @@ def idle_rows(bench: Bench) -> List[Row]:
             Row("idle, of a core", 0.1, [share], "{:.3f} %", at_least=False)]
 
 
+def cpu_rows(bench: Bench) -> List[Row]:
+    """What of a core a request takes: with as much waiting that nothing may be looked through."""
+    rows = {name: Row(f"CPU of a {name} with {MILLIONS:,} waiting, against {FEW:,}", limit, [],
+                      at_least=False) for name, limit in (("put", 1.1), ("take", 1.2))}
+    folder = prefill(bench, MILLIONS)
+    children = [bench.start(path=folder), bench.start(path=prefill(bench, FEW))]
+    for number in range(bench.rounds):
+        for name, row in rows.items():
+            text, used = PUT_REQUEST if name == "put" else TAKE_REQUEST, [0.0, 0.0]
+            for index in (number % 2, 1 - number % 2):
+                wires = [children[index].wire(60) for _ in range(8)]
+                before = children[index].cpu_seconds()
+                exchange(wires, text, CPU_CALLS)
+                used[index] = children[index].cpu_seconds() - before
+                for wire in wires:
+                    wire.close()
+            row.values.append(used[0] / used[1])
+    for child in children:
+        child.kill()
+    shutil.rmtree(folder)
+    return [*rows.values()]
+
+
+def disk_rows(bench: Bench) -> List[Row]:
+    """What the server writes into its files for a request."""
+    rows = []
+    for name, connections, limit in (("put", 1, 134), ("take", 1, 50), ("take", 64, 2)):
+        row = Row(f"disk written for a {name} of 100 bytes, {with_connections(connections)}",
+                  limit, [], "{:.0f} B", at_least=False)
+        for _ in range(bench.rounds):
+            child = bench.start("no")
+            if name == "take":
+                fill(child, TAKES_A_SECOND * bench.seconds)
+            total = f"messages_{'in' if name == 'put' else 'out'}_total"
+            count, size = metric(child, total), written_bytes(child)
+            bad = bench.load(child, name, connections).bad
+            size = written_bytes(child) - size
+            row.values.append(None if bad else size / (metric(child, total) - count))
+            child.kill()
+        rows.append(row)
+    return rows
+
+
+def written_bytes(child: ServerProcess) -> int:
+    """Return what it wrote so far; what it sends is not counted."""
+    with open(f"/proc/{child.pid}/io", encoding="ascii") as file:
+        return int(dict(line.split(": ") for line in file)["wchar"])
+
+
+def steady_rows(bench: Bench) -> List[Row]:
+    """Much comes and goes, little waits: what is dead has to be freed as fast. One round."""
+    what = (f"steady {STEADY_BATCH * STEADY_RATE:,} messages a second in batches of "
+            f"{STEADY_BATCH}, {FEW:,} waiting, {STEADY_S} s: ")
+    rows = [Row(what + name, limit, [], form, at_least=False) for name, limit, form in (
+        ("latest answer", 0.05, "{:.3f} s"), ("folder above what is held", 48, "{:.0f} MiB"),
+        ("resident memory", 48, "{:.0f} MiB"))]
+    child = bench.start("always")
+    fill(child, FEW)
+    with LongestSync(bench, 0.1) as syncs:
+        rate, *values = steady(child)
+    print(f"  steady: {rate:.0f} batches a second, latest answer {values[0] * 1000:.0f} ms, "
+          f"fdatasync {syncs.longest_ms:.0f} ms", file=sys.stderr)
+    for row, value in zip(rows, values):
+        row.values.append(value if rate > STEADY_RATE * 0.98 else None)
+    child.kill()
+    return rows
+
+
+def steady(child: ServerProcess) -> Tuple[float, float, float, float]:
+    """Put and take batches over 8 connections each, as many a second as wanted. Return how many
+    there were, the latest answer (s), the folder's and the memory's largest size (MiB)."""
+    put = request("POST", PATHS["put"], (MESSAGE + b"\n") * STEADY_BATCH, POST,
+                  ("Content-Type: application/x-ndjson",))
+    take = request("GET", f"{PATHS['take']}?max={STEADY_BATCH}", token=GET)
+    idle = {text: [child.wire(60) for _ in range(8)] for text in (put, take)}
+    under_way: Dict[Wire, Tuple[bytes, float]] = {}
+    selector = selectors.DefaultSelector()
+    for wire in idle[put] + idle[take]:
+        selector.register(wire, selectors.EVENT_READ)
+    start = now = time.perf_counter()
+    count, sampled, latest, folder, resident = 0, now, 0.0, 0, 0
+    while now < start + STEADY_S:
+        while count < (now - start) * STEADY_RATE and all(idle.values()):
+            for text, wires in idle.items():
+                under_way[wires[-1]] = text, time.perf_counter()
+                wires.pop().send(text)
+            count += 1
+        for key, _ in selector.select(0.001):
+            wire: Wire = key.fileobj         # type: ignore[assignment]
+            served(wire.answer(), 200, EMPTY)
+            text, sent = under_way.pop(wire)
+            latest = max(latest, time.perf_counter() - sent)
+            idle[text].append(wire)
+        now = time.perf_counter()
+        if now > sampled + 0.5:
+            sampled, resident = now, max(resident, child.resident_bytes())
+            folder = max(folder, folder_bytes(os.path.join(child.path, QUEUE)))
+    selector.close()
+    for wire in [*under_way, *idle[put], *idle[take]]:
+        wire.close()
+    held = ready_count(child) * (len(MESSAGE) + 34)
+    return count / STEADY_S, latest, (folder - held) / MIB, resident / MIB
+
+
+def folder_bytes(path: str) -> int:
+    """Return what the files take of the disk."""
+    size = 0
+    for name in os.listdir(path):
+        with contextlib.suppress(FileNotFoundError):
+            size += os.stat(os.path.join(path, name)).st_blocks * 512
+    return size
+
+
 def compact_rows(bench: Bench) -> List[Row]:
-    """Put and take before and while a log of 1 GiB is rewritten; just under half is dead, so
-    that no compaction begins by itself."""
+    """Put and take before and while a log of 1 GiB is freed of what is dead: a bit less than
+    half, everywhere, so that nothing begins by itself and all that is held is copied."""
     rows = {name: Row(f"{name} while 1 GiB is compacted, against before", 0.8, [])
             for name in ("put", "take")}
     latest = Row("latest answer while 1 GiB is compacted, besides the longest fdatasync", 50, [],
                  "{:.0f} ms", at_least=False)
-    count = (1 << 30) // 1050                # a message of 1024 bytes in its record
-    full = prefill(bench, count, b"m" * 1024, int(count * 0.45))
+    full = prefill(bench, (1 << 30) // 1058, b"m" * 1024, 0.45)  # bytes of a record
     for _ in range(bench.rounds):
         folder = bench.new_folder()
         shutil.copytree(full, folder, dirs_exist_ok=True)
@@ -849,7 +973,7 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
         for name, row in rows.items():
             loads.append(bench.load(child, name, 8))
             row.values.append(ratio(loads[-1], before[name]) if thread.is_alive() else None)
-        while thread.is_alive():             # the switch to the new log is the hard part
+        while thread.is_alive():
             loads.append(bench.load(child, "put", 8))
     thread.join()
     slowest_ms = max(load.max_us for load in loads) / 1000
@@ -862,10 +986,10 @@ def compact_round(bench: Bench, folder: str, rows: Dict[str, Row], latest: Row) 
 
 
 class LongestSync:
-    """Sync a file of its own every 10 ms, to tell the disk's share of a late answer."""
+    """Sync a file of its own every now and then, to tell the disk's share of a late answer."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.longest_ms = 0.0
+    def __init__(self, bench: Bench, pause_s: float = 0.01) -> None:
+        self.longest_ms, self._pause_s = 0.0, pause_s
         self._path, self._over = os.path.join(bench.folder, "longest"), threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -879,7 +1003,7 @@ class LongestSync:
 
     def _run(self) -> None:
         with open(self._path, "wb", buffering=0) as file:
-            while not self._over.wait(0.01):
+            while not self._over.wait(self._pause_s):
                 file.write(b"s" * 150)
                 start = time.perf_counter()
                 os.fdatasync(file.fileno())
@@ -961,13 +1085,15 @@ def exchange(wires: List[Wire], text: bytes, count: int) -> None:
 
 # ---- main ---------------------------------------------------------------------------------
 
-# What --row knows. The long one is last.
+# What --row knows; the long ones only if they are asked for.
 ROWS: Dict[str, Callable[[Bench], List[Row]]] = {
     "stock": stock_rows, "sync": sync_rows, "group": group_rows, "two": two_queue_rows,
     "redis": redis_rows, "waiting": waiting_rows,
     "start": start_rows, "batch": batch_rows, "lease": lease_rows,
     "broadcast": broadcast_rows, "consumers": consumer_rows,
-    "idlers": idler_rows, "idle": idle_rows, "compact": compact_rows}
+    "idlers": idler_rows, "idle": idle_rows, "disk": disk_rows, "cpu": cpu_rows,
+    "steady": steady_rows, "compact": compact_rows}
+LONG = ("cpu", "steady", "compact")
 
 
 def main() -> int:
@@ -975,7 +1101,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=2, help="of each call of wrk")
     parser.add_argument("--row", action="append", choices=ROWS, help="only this; repeatable")
-    parser.add_argument("--long", action="store_true", help="also the row `compact`")
+    parser.add_argument("--long", action="store_true", help="also " + ", ".join(LONG))
     parser.add_argument("--server", default=SERVER, help="the micro_queue.py to measure")
     parser.add_argument("--against", help="another micro_queue.py, in the same rounds")
     parser.add_argument("--calls", action="store_true", help="count system calls instead")
@@ -991,7 +1117,7 @@ def main() -> int:
         if not os.path.isfile(path):
             parser.error(f"no file {path}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    names = options.row or [name for name in ROWS if name != "compact" or options.long]
+    names = options.row or [name for name in ROWS if name not in LONG or options.long]
     folder = tempfile.mkdtemp(prefix="bench-", dir=os.environ.get("BENCH_DIR", "/var/tmp"))
     try:
         bench = Bench(folder, options.rounds, options.seconds, servers)

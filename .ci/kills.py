@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Kill a queue at every system call that changes its folder, and fail each such call once.
 
-    python3 .ci/kills.py                             # a sample of the calls: under a minute
-    python3 .ci/kills.py --long                      # every call of every scenario
-    python3 .ci/kills.py --only compaction:rename:2  # one case again, with its --seed
+    python3 .ci/kills.py                             # a sample of the calls: half a minute
+    python3 .ci/kills.py --long                      # a larger one, some minutes
+    python3 .ci/kills.py --every                     # every call of every scenario, an hour
+    python3 .ci/kills.py --only cleaning:rename:2    # one case again, with its --seed
 
-A worker drives a queue of the library and tells each step before and after it. `strace` kills
-it at the N-th call of a name, or has that call fail; a kill leaves the page cache, so what was
-told must be there for the next start. Then the folder is opened, drained and judged by the
-tests' Ledger; what was accepted must also have been synced, as the calls tell. The last part
-does the same to a server process. The worker is forked from here and strace attaches to it, so
-that no interpreter starts for a kill, and calls are counted from the worker's first.
+A worker drives a queue of the library, with segments of some messages, and tells each step
+before and after it. `strace` kills it at the N-th call of a name, or has that call fail; a kill
+leaves the page cache, so what was told must be there for the next start. Then the folder is
+opened, drained and judged by the tests' Ledger; what was accepted must also have been synced, as
+the calls tell; and in the end nothing but an empty queue's files may be left. The last part does
+the same to a server process. The worker is forked from here and strace attaches to it, so that
+no interpreter starts for a kill, and calls are counted from the worker's first.
 
-Needs Python 3.9, Linux, root and `strace`. Folders are made in KILLS_DIR (default /dev/shm).
+Needs Python 3.9, Linux, root and `strace`. Folders are made in KILLS_DIR (default /dev/shm);
+some scenarios take a tmpfs for a disk on which files get room ahead, with --long each does both.
 Exit code: 0 all good, or skipped; 1 a fault, its folder is kept; 2 usage.
 """
 import argparse
@@ -41,24 +44,34 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import micro_queue as mq  # noqa: E402
 from test_micro_queue import (  # noqa: E402
-    LATE_S, QUEUE, Client, FakeClock, FakeStorage, Fault, Ledger, ServerProcess, count_faults,
-    drain, flipped, together)
+    LATE_S, QUEUE, SMALL, Client, FakeClock, Fault, Ledger, ServerProcess, compact, count_faults,
+    drain, flipped, together, upkeep)
 
 KILLS_DIR = os.environ.get("KILLS_DIR", "/dev/shm" if os.path.isdir("/dev/shm") else None)
 HOUR_S, DAY_MS = 3600, 86_400_000
 TIMEOUT_S = 60                   # a worker or server that hangs for so long is a fault
-SAMPLE = 3                       # calls of a name that the short mode kills at, in a scenario
-NESTED, NESTED_LONG = 2, 4      # first kills, of a scenario, whose recovery is killed too
+SAMPLE, SAMPLE_LONG = 2, 6       # calls of a name that are harmed, in a scenario
+ERRORS_SHORT = 6                 # kinds of errors that the short mode makes, once a scenario
+NESTED, NESTED_LONG = 1, 2       # first kills, of a scenario, whose recovery is killed too,
+AGAIN, AGAIN_LONG = 4, 30        # at so many calls
 GAVE_UP, FAILED = 3, 4           # exit codes, as the server's
+
+WITH_ROOM = mq.ROOM_KINDS
 
 # What a call may be named on this machine; strace ignores an unknown name behind a "?".
 CALLS = {"pwrite64": "pwrite64", "fdatasync": "fdatasync", "fsync": "fsync",
-         "ftruncate": "ftruncate", "openat": "openat", "rename": "?rename,?renameat,?renameat2",
-         "unlink": "?unlink,?unlinkat", "link": "?link,?linkat", "mkdir": "?mkdir,?mkdirat"}
+         "ftruncate": "ftruncate", "fallocate": "fallocate", "openat": "openat",
+         "rename": "?rename,?renameat,?renameat2",
+         "unlink": "?unlink,?unlinkat", "link": "?link,?linkat", "mkdir": "?mkdir,?mkdirat",
+         "pread64": "pread64"}
+KILLED = [call for call in CALLS if call != "pread64"]   # that changes nothing, and only fails
 ERRORS = [("fdatasync", "EIO"), ("fsync", "EIO"), ("pwrite64", "EIO"), ("pwrite64", "ENOSPC"),
           ("ftruncate", "EIO"), ("ftruncate", "ENOSPC"), ("fdatasync", "ENOSPC"),
-          ("fsync", "ENOSPC"), ("rename", "EIO"), ("openat", "ENOSPC"), ("link", "EIO"),
-          ("unlink", "EIO"), ("mkdir", "ENOSPC")]
+          ("fsync", "ENOSPC"), ("rename", "EIO"), ("rename", "ENOSPC"), ("openat", "ENOSPC"),
+          ("openat", "EMFILE"), ("link", "EIO"), ("link", "ENOSPC"), ("unlink", "EIO"),
+          ("mkdir", "ENOSPC"), ("fallocate", "ENOSPC"), ("fallocate", "EIO"), ("pread64", "EIO")]
+LACKING = ("pwrite64", "ENOSPC"), ("fallocate", "ENOSPC"), ("openat", "ENOSPC"), (
+    "openat", "EMFILE"), ("rename", "ENOSPC"), ("link", "ENOSPC"), ("mkdir", "ENOSPC")
 
 Step = Tuple[Any, ...]           # ("accepted", payload, id): a call of the Ledger, or see replay
 
@@ -100,8 +113,7 @@ class Worker:
 
     def open(self) -> None:
         self.ready = False
-        self.storage = FakeStorage()
-        self.queue = open_queue(self.folder, storage=self.storage)
+        self.queue = open_queue(self.folder)
         self.ready = True
 
     def put(self, times: int = 1, *, count: int = 1, delay_s: int = 0) -> None:
@@ -112,8 +124,8 @@ class Worker:
                 self.tell("sending", payload)
             try:
                 first = self.queue.put(payloads, delay_s)
-            except mq.ApiError as error:
-                if error.status != 503:
+            except (mq.DiskFull, mq.ApiError) as error:
+                if isinstance(error, mq.ApiError) and error.status != 503:
                     raise
                 for payload in payloads:
                     self.tell("refused", payload)
@@ -123,19 +135,19 @@ class Worker:
 
     def take(self, consumer: str, wish: mq.Wish = mq.ONE) -> Optional[mq.Delivery]:
         delivery = self.queue.take(wish=wish)
-        for message in delivery.messages if delivery else ():
-            self.tell("delivered", consumer, message.payload, message.id, message.delivery)
+        for message, count in zip(delivery.messages, delivery.counts) if delivery else ():
+            self.tell("delivered", consumer, message.payload, message.id, count + 1)
         return delivery
 
     def settle(self, consumer: str, delivery: Optional[mq.Delivery]) -> None:
-        """Settle; on a full disk memory alone may know it until a compaction ended well."""
+        """Settle; on a full disk memory alone may know it until a snapshot ended well."""
         if delivery:
             self.tell("settling", consumer)
             if delivery.lease is None:
                 self.queue.settle(delivery)
             else:
                 self.queue.ack(mq.FIFO, delivery.lease)
-            self.tell("unsure" if self.queue.unlogged else "settled", consumer)
+            self.tell("unsure" if self.queue.owed else "settled", consumer)
 
     def give_back(self, consumer: str, delivery: Optional[mq.Delivery], delay_s: int = 0) -> None:
         if delivery:
@@ -160,28 +172,45 @@ class Worker:
         self.give_back(*out[3], HOUR_S)
         self.give_back(*out[4])
 
-    def compact(self, pause: Callable[[], None] = nothing) -> None:
+    def upkeep(self, meanwhile: Callable[[], None] = nothing) -> None:
+        """Do what upkeep does each second, and other things between its steps."""
+        self.queue.prepare()
+        for _ in self.queue.upkeep():
+            meanwhile()
+
+    def snapshot(self, meanwhile: Callable[[], None] = nothing) -> None:
+        for _ in self.queue.snapshot():
+            meanwhile()
+
+    def compact(self, meanwhile: Callable[[], None] = nothing) -> None:
         try:
-            self.queue.compact(pause)
+            for _ in self.queue.compact():
+                meanwhile()
         except mq.CompactionFailed as error:
             self.tell("not compacted", str(error))
 
-    def compact_busily(self) -> None:
-        """Compact, and put and take meanwhile."""
-        turns = itertools.cycle((lambda: self.put(2), lambda: self.consume(1),
-                                 lambda: self.put(count=3), self.consume_in_disorder))
-        meanwhile = some(turns, 6)
+    def turns(self, count: int) -> Callable[[], None]:
+        """Return what does something else each time, `count` times at most."""
+        return some(itertools.cycle((
+            lambda: self.put(2), lambda: self.consume(1), self.queue.prepare,
+            lambda: self.put(count=3), self.consume_in_disorder)), count)
 
-        def go_on(fd: int) -> None:          # others do while the new log is synced, but for
-            queue = self.queue               # the last step: that holds the lock
-            if fd != queue.log.fd and not queue.lock.locked():
-                meanwhile()
-        self.storage.before["fdatasync"] = go_on
-        self.compact(some(turns, 10))
-        self.storage.before.clear()
+    def purge(self) -> None:
+        self.tell("dropping")
+        self.queue.purge()
+        self.queue.log.sync_marks()
+        if not self.queue.owed:
+            self.tell("dropped")
+
+    def lose_files(self, *names: str) -> None:
+        """Take files away from the queue; `judge` brings back what it did not write again."""
+        for name in names or os.listdir(self.folder):
+            with contextlib.suppress(OSError):           # missing, or the call that fails here
+                os.replace(os.path.join(self.folder, name), self.folder + ".lost-" + name)
 
     def close(self) -> None:
-        self.queue.close()
+        if not self.queue.close():
+            self.tell("owing")
         self.ready = False
 
     def let_go(self) -> None:
@@ -192,8 +221,9 @@ class Worker:
     def prove_dead(self) -> None:
         """Once a log failed every later call must raise LogFailed too."""
         log = self.queue.log
-        for call in (lambda: log.append([mq.settled(1, 1, mq.FIFO, 1)]), self.queue.compact,
-                     log.sync, lambda: log.wait_durable(log.appends + 1)):
+        mark = mq.Mark(mq.SETTLED, mq.FIFO, 1, 1, log.tail)
+        for call in (lambda: log.append([(1, 1, 0, b"dead")]), log.sync, log.sync_marks,
+                     lambda: log.mark([mark], nothing), lambda: log.wait_durable(log.appends + 1)):
             with contextlib.suppress(mq.LogFailed):
                 call()
                 self.tell("odd", "a call succeeded after LogFailed")
@@ -206,7 +236,7 @@ class Worker:
             if self.ready:
                 self.prove_dead()
             return FAILED
-        except (mq.StorageError, mq.CompactionFailed, mq.ApiError, OSError):
+        except (mq.StorageError, mq.DiskFull, mq.ApiError, OSError):
             if self.ready:                   # only a start may end so
                 self.tell("odd", traceback.format_exc())
             return GAVE_UP
@@ -216,9 +246,8 @@ class Worker:
         return 0
 
 
-def open_queue(folder: str, clock: Optional[mq.Clock] = None,
-               storage: Optional[mq.Storage] = None) -> mq.Queue:
-    queue = mq.Queue(mq.QueueConfig(name="q"), folder, clock=clock, storage=storage)
+def open_queue(folder: str, clock: Optional[mq.Clock] = None) -> mq.Queue:
+    queue = mq.Queue(mq.QueueConfig(name="q"), folder, clock=clock)
     try:
         queue.log.lock()
         queue.recover()
@@ -236,11 +265,8 @@ def some(turns: Iterator[Callable[[], None]], count: int) -> Callable[[], None]:
 
 def make_loops_short() -> None:
     """Have a small folder go through every loop that large ones go through."""
-    mq.AHEAD_BYTES = 512
-    mq.COMPACT_LOCKED_BYTES = 1500
-    mq.COMPACT_SYNC_BYTES = 2500
-    mq.REWRITE_BYTES = 1000
-    mq.MIB = 300                             # a batch of a takeover
+    for name, value in {**SMALL, "REWRITE_BYTES": 1000, "LOG_CHUNK_BYTES": 512, "MIB": 300}.items():
+        setattr(mq, name, value)             # MIB: a batch of a takeover
 
 
 # ---- Scenarios ----------------------------------------------------------------------------
@@ -252,6 +278,7 @@ class Scenario(NamedTuple):
     work: Callable[[Worker], None]
     damaged: bool = False
     fills_disk: bool = False
+    room: bool = False                       # files get room ahead
 
 
 def first_start(worker: Worker) -> None:
@@ -264,14 +291,13 @@ def first_start(worker: Worker) -> None:
     worker.consume_in_disorder()
     worker.put(delay_s=HOUR_S)
     held = worker.take("holder")
-    worker.queue.bookmark()
+    worker.snapshot()
     worker.put(2)
     worker.consume(1)
-    worker.compact()
+    worker.upkeep()
     worker.settle("holder", held)
     worker.put(2)
     worker.consume_in_disorder()
-    worker.queue.bookmark()
     worker.consume(1)
     worker.compact()
     worker.put(1)
@@ -283,25 +309,30 @@ def first_start(worker: Worker) -> None:
 
 
 def threads(worker: Worker) -> None:
-    """Puts share syncs; takes, a bookmark and a compaction go on meanwhile."""
+    """Puts share syncs; takes, snapshots and cleanings go on meanwhile."""
     worker.open()
     together(lambda: worker.put(9), lambda: worker.put(5, count=2),
              lambda: worker.put(9), lambda: worker.consume(12, "thread"))
     together(lambda: worker.put(9), lambda: worker.consume(9, "thread"),
-             worker.compact, worker.queue.bookmark)
+             lambda: [worker.upkeep(), worker.snapshot(), worker.compact()])
     worker.close()
 
 
 def used(worker: Worker) -> None:
-    """A folder with a bookmark, and with records of every kind before and behind it."""
+    """A folder of several segments, with a snapshot, and with marks and messages of every kind
+    before and behind it."""
     worker.open()
     worker.put(12)
     worker.consume(3)
     worker.consume_in_disorder()
+    worker.upkeep()
+    worker.put(6)
+    worker.upkeep()
     worker.put(delay_s=HOUR_S)
-    worker.queue.bookmark()
+    worker.snapshot()
     worker.put(8)
-    worker.consume(3)
+    worker.queue.prepare()
+    worker.consume(7)
     worker.consume_in_disorder()
     worker.put(4)
     worker.let_go()
@@ -318,24 +349,36 @@ def used_and_damaged(worker: Worker) -> None:
         payload = worker.next_payload()
         worker.tell("sending", payload)
         worker.queue.put([payload])
+        worker.queue.prepare()
         worker.put(1)
-    log = worker.queue.log
-    places = [(offset, end, record) for offset, end, record in log.scan(mq.HEADER.size, log.tail)
-              if record and record.type == mq.MESSAGE]
-    settled = [end for _, end, record in places if not worker.queue.state.holds(record.id)]
-    unanswered = [end for _, end, record in places[-4::2]]
-    for end in (settled[0], settled[-1], unanswered[0]):
-        flip_byte(log.path, end - 1)
-    torn = mq.Record(mq.MESSAGE, worker.queue.state.next_id, 1, worker.next_payload())
-    worker.tell("sending", torn.payload)
-    data = log.codec.encode([torn], log.tail)[0]
-    os.pwrite(log.fd, data[:len(data) // 2], log.tail)
+    queue = worker.queue
+    log, subscription = queue.log, queue.state.subscriptions[mq.FIFO]
+    there = list(messages_of(log))
+    settled = [message for message in there if message.id < subscription.cursor_id
+               and message.id not in subscription.entries]
+    for message in (settled[0], settled[-1], there[-4]):
+        segment = log.segments[message.offset >> mq.SEGMENT_SHIFT]
+        flip_byte(log.file(segment.name),
+                  (message.offset & mq.POSITION_MASK) + message.size - 1)
+    torn = worker.next_payload()
+    worker.tell("sending", torn)
+    data = log.codec.encode([(queue.state.next_id, 1, 0, torn)], log.tail)[0]
+    os.pwrite(log.current.fd, data[:len(data) // 2], log.current.end)
     worker.let_go()
 
 
-def used_damaged_and_without_bookmark(worker: Worker) -> None:
+def messages_of(log: mq.Log) -> Iterator[mq.Message]:
+    offset, after = -1, 0
+    while after != offset:
+        offset = after
+        messages, after = log.read(offset)
+        yield from messages
+
+
+def used_damaged_and_without_marks(worker: Worker) -> None:
     used_and_damaged(worker)
     os.unlink(os.path.join(worker.folder, mq.META_NAME))
+    worker.tell("forgotten")
 
 
 def flip_byte(path: str, offset: int) -> None:
@@ -351,26 +394,104 @@ def go_on(worker: Worker) -> None:
     worker.put(2)
     worker.consume(2)
     worker.consume_in_disorder()
+    worker.upkeep()
     worker.compact()
     worker.put(1)
     worker.consume(1)
     worker.close()
 
 
+def rotation(worker: Worker) -> None:
+    """Go from segment to segment, with the next one ready and without, and free them."""
+    worker.open()
+    for turn in range(5):
+        worker.put(3)
+        if turn != 2:
+            worker.queue.prepare()
+        worker.put(count=3)
+        worker.consume(4)
+    worker.upkeep()
+    worker.consume(99)
+    worker.upkeep(worker.turns(4))
+    worker.put(1)
+    worker.close()
+
+
+def cleaning(worker: Worker) -> None:
+    """Free segments that are dead, and copy out of others, while others put and take."""
+    worker.open()
+    held = worker.take("holder")
+    for _ in range(3):
+        worker.put(5)
+        worker.consume_in_disorder()
+        worker.consume(2)
+        worker.upkeep(worker.turns(6))
+    worker.give_back("holder", held, HOUR_S)
+    worker.consume(8)
+    worker.upkeep(worker.turns(3))
+    worker.consume(99)
+    worker.upkeep()
+    worker.close()
+
+
+def snapshots(worker: Worker) -> None:
+    """Others go on between the steps of a snapshot."""
+    worker.open()
+    for _ in range(3):
+        worker.put(3)
+        worker.snapshot(worker.turns(9))
+        worker.consume(3)
+    worker.close()
+
+
 def compaction(worker: Worker) -> None:
-    """Rewrite while others put and take, more than once."""
+    """Free all that can be freed while others put and take, more than once."""
     worker.open()
     worker.put(6, count=2)
     worker.consume(4)
     held = worker.take("holder")
-    worker.compact_busily()
+    worker.compact(worker.turns(10))
     worker.put(1)
     worker.consume(1)
     worker.give_back("holder", held)
-    worker.compact_busily()
+    worker.compact(worker.turns(10))
     worker.consume(99)
     worker.put(4)
-    worker.compact_busily()
+    worker.compact(worker.turns(10))
+    worker.close()
+
+
+def purge(worker: Worker) -> None:
+    """Drop all, with messages in someone's hands; a purge that was told holds."""
+    worker.open()
+    held = worker.take("holder", mq.Wish(lease_s=HOUR_S))
+    worker.purge()
+    worker.put(3)
+    worker.upkeep(worker.turns(3))
+    worker.put(2, delay_s=HOUR_S)
+    worker.purge()
+    with contextlib.suppress(mq.ApiError):   # 410: the purge ended the lease
+        worker.settle("holder", held)
+    worker.put(2)
+    worker.consume(1)
+    worker.close()
+
+
+def lost_files(worker: Worker) -> None:
+    """Somebody takes files away under the queue: a sealed one, the first, the current one, the
+    one that is ready, the marks, all, and the folder."""
+    worker.open()
+    worker.put(4)
+    worker.queue.prepare()
+    log = worker.queue.log
+    for names in ([list(log.segments.values())[-2].name], [mq.LOG_NAME], [log.current.name],
+                  [log.ready.name] if log.ready else [], [mq.META_NAME], []):
+        worker.lose_files(*names)
+        worker.put(1)
+        worker.upkeep(worker.turns(2))
+        worker.put(2)
+        worker.consume(1)
+    worker.upkeep()
     worker.close()
 
 
@@ -399,12 +520,14 @@ def full_disk(worker: Worker) -> None:
     for room in (1, 45, 60, 350):
         worker.put(1)
         delivery = worker.take("full")
-        with limited_file_size(worker.queue.log.tail + room):
+        with limited_file_size(worker.queue.log.current.end + room):
             worker.put(count=3)
             worker.settle("full", delivery)
             worker.put(count=3)
+            worker.upkeep()
             worker.compact()
         worker.put(1)
+        worker.upkeep()
         worker.compact()
         worker.consume(1)
     worker.close()
@@ -421,12 +544,17 @@ def limited_file_size(size: int) -> Iterator[None]:
 
 
 SCENARIOS = [
-    Scenario("first-start", nothing, first_start),
+    Scenario("first-start", nothing, first_start, room=True),
     Scenario("threads", nothing, threads),
     Scenario("recovery", used_and_damaged, go_on, damaged=True),
-    Scenario("recovery-without-bookmark", used_damaged_and_without_bookmark, go_on, damaged=True),
+    Scenario("recovery-without-marks", used_damaged_and_without_marks, go_on, damaged=True),
+    Scenario("rotation", nothing, rotation, room=True),
+    Scenario("cleaning", used, cleaning),
+    Scenario("snapshots", used, snapshots, room=True),
     Scenario("compaction", used, compaction),
-    Scenario("takeover", go_server, go_on),
+    Scenario("purge", used, purge),
+    Scenario("lost-files", used, lost_files),
+    Scenario("takeover", go_server, go_on, room=True),
     Scenario("full-disk", used, full_disk, fills_disk=True),
 ]
 
@@ -526,12 +654,12 @@ def synced_names(lines: List[str]) -> Set[int]:
         match = start or end
         if not match:
             continue
-        thread, call, fd = match[1], match[2], start[3] if start else ""
+        thread, call, file = match[1], match[2], start[4] if start else ""
         if start and call == "pwrite64":
             numbers = {int(number) for number in NAME.findall(line, start.end())}
-            written[fd] |= numbers
+            written[file] |= numbers
         elif start and call in ("fdatasync", "fsync"):
-            under_way[thread] = set(written[fd])
+            under_way[thread] = set(written[file])
         if call in ("fdatasync", "fsync") and re.search(r"\) += 0$", line):
             synced |= under_way.pop(thread, set())
     return synced
@@ -543,7 +671,9 @@ def replay(steps: List[Step]) -> Ledger:
     """Enter steps into a new ledger. What was out, and not about to be settled, when a worker
     was killed, is known to be back. What is not sure to be settled stays open for ever: its
     consumer goes on under another name."""
-    ledger, out = Ledger(LATE_S), set()      # type: Tuple[Ledger, Set[str]]
+    ledger = Ledger(LATE_S)
+    out: Set[str] = set()
+    seen: Set[bytes] = set()
     unsure: Dict[str, int] = collections.Counter()
     for verb, *arguments in steps:
         if verb in ("delivered", "settling", "settled", "unsure", "returned"):
@@ -552,6 +682,7 @@ def replay(steps: List[Step]) -> Ledger:
             unsure[consumer] += verb == "unsure"
         if verb == "delivered":
             out.add(arguments[0])
+            seen.add(arguments[1])
         elif verb in ("settling", "returned"):
             out.discard(arguments[0])
         if verb == "killed":
@@ -559,9 +690,11 @@ def replay(steps: List[Step]) -> Ledger:
                 ledger.returned(consumer)
             out.clear()
             ledger.fault(power_cut=False)
+        elif verb == "forgotten":            # what was settled may come again
+            ledger.moved(seen)
         elif verb == "odd":
             raise Fault(arguments[0])
-        elif verb not in ("settling", "unsure", "not compacted"):
+        elif verb not in ("settling", "unsure", "not compacted", "owing"):
             getattr(ledger, verb)(*arguments)
     return ledger
 
@@ -577,8 +710,14 @@ def take_all(folder: str, ledger: Ledger, damaged: bool) -> mq.Queue:
     return queue
 
 
+KNOWN = re.compile(r"(data(\.\d+)?\.log|meta\.json)"
+                   r"(\.legacy|\.(corrupt|unreadable)-[0-9a-f]+(-\d+)?)?")
+LEFT_FILES = 4                   # of an empty queue: the first, the current, the next one, marks
+
+
 def judge(folder: str, steps: List[Step], damaged: bool) -> List[str]:
     """Return the faults that show in a folder after what was told, over three more starts."""
+    bring_back(folder)
     ledger = replay([*steps, ("killed",)])
     for turn in range(2):
         queue = take_all(folder, ledger, damaged)
@@ -587,10 +726,34 @@ def judge(folder: str, steps: List[Step], damaged: bool) -> List[str]:
         ledger.accepted(late, queue.put([late]))
         queue.log.close()
         ledger.fault(power_cut=False)
-    take_all(folder, ledger, damaged).close()
-    known = re.compile(r"(data\.log|meta\.json)(\.legacy)?|data\.log\.corrupt-[0-9a-f]+-\d+")
-    left = [name for name in os.listdir(folder) if not known.fullmatch(name)]
-    return ledger.faults() + [f"left behind: {name}" for name in left]
+    queue = take_all(folder, ledger, damaged)
+    upkeep(queue)
+    compact(queue)
+    queue.close()
+    names = os.listdir(folder)
+    found = [f"left behind: {name}" for name in names if not KNOWN.fullmatch(name)]
+    ours = [name for name in names if mq.SEGMENT_NAME.fullmatch(name) or name in (
+        mq.LOG_NAME, mq.META_NAME)]
+    if len(ours) > LEFT_FILES:
+        found.append(f"not freed: {sorted(ours)}")
+    return ledger.faults() + found
+
+
+def bring_back(folder: str) -> None:
+    """Put files that were taken away back, as an operator would, where none is in their place."""
+    for path in lost_files_of(folder):
+        os.makedirs(folder, exist_ok=True)
+        target = os.path.join(folder, path[len(folder + ".lost-"):])
+        if os.path.exists(target):
+            os.unlink(path)
+        else:
+            os.rename(path, target)
+
+
+def lost_files_of(folder: str) -> List[str]:
+    parent = os.path.dirname(folder)
+    return [os.path.join(parent, name) for name in os.listdir(parent)
+            if name.startswith(os.path.basename(folder) + ".lost-")]
 
 
 def check_synced(outcome: Outcome) -> List[str]:
@@ -603,25 +766,62 @@ def check_synced(outcome: Outcome) -> List[str]:
 
 def check_error(injection: Injection, outcome: Outcome) -> List[str]:
     """Return what is wrong with how a worker ended after a call failed."""
-    at = next((number for number, line in enumerate(outcome.calls) if "(INJECTED)" in line), None)
-    if at is None:
+    places = [number for number, line in enumerate(outcome.calls) if "(INJECTED)" in line]
+    if not places:
         return [] if outcome.status == 0 else [f"exit {outcome.status} without an error"]
     found = []
-    started = whose_call(outcome.calls, at)
-    on_log = started is not None and (started[4] or "").endswith("/" + mq.LOG_NAME)
     if outcome.status not in (0, GAVE_UP, FAILED):
         found.append(f"exit {outcome.status} after {injection.effect}")
-    no_space = injection.call == "pwrite64" and injection.effect == "ENOSPC"
-    if on_log and injection.call != "openat" and not no_space and outcome.status == 0:
-        found.append(f"went on after {injection.effect}: {outcome.calls[at][:200]}")
-    if no_space and outcome.status == FAILED:
-        found.append(f"ended because of a full disk: {outcome.calls[at][:200]}")
-    if on_log and not no_space and outcome.status in (GAVE_UP, FAILED):
-        touched = [line for line in outcome.calls[at + 1:] if touches_log(line, started[1])]
-        if injection.call != "fdatasync" and touched and is_sync_of_another(touched[0], started[1]):
-            del touched[0]       # on its way as well; but after a failed sync there is none
-        found += [f"touched the failed log again: {line[:200]}" for line in touched]
+    files = {at: file_of(outcome.calls, at) for at in places}
+    line = outcome.calls[places[-1]][:200]
+    if (injection.call, injection.effect) in LACKING and outcome.status == FAILED:
+        found.append(f"ended for want of something: {line}")
+    if (injection.call == "pread64" and outcome.status == FAILED
+            and not any(map(is_marks, files.values()))):
+        found.append(f"ended because of bytes that cannot be read: {line}")
+    if injection.call in ("fdatasync", "fsync") or injection[::2] == ("pwrite64", "EIO"):
+        fatal = [at for at in places if not was_given_up(outcome.calls[at + 1:], files[at])]
+        if fatal and outcome.status == 0:
+            found.append(f"went on after {injection.effect}: {outcome.calls[fatal[0]][:200]}")
+        elif fatal:
+            found += touched_again(injection, outcome.calls, fatal[0])
     return found
+
+
+def touched_again(injection: Injection, calls: List[str], at: int) -> List[str]:
+    failed = whose_call(calls, at)
+    thread = failed[1] if failed else ""
+    touched = [line for line in calls[at + 1:] if touches_log(line, thread)]
+    if injection.call != "fdatasync" and touched and is_sync_of_another(touched[0], thread):
+        del touched[0]           # on its way as well; but after a failed sync there is none
+    return [f"touched the failed log again: {line[:200]}" for line in touched]
+
+
+def file_of(calls: List[str], at: int) -> str:
+    """Return the file of the call that ends in line `at`."""
+    started = whose_call(calls, at)
+    return (started[4] or "") if started else ""
+
+
+def is_marks(path: str) -> bool:
+    return os.path.basename(path).startswith(mq.META_NAME)
+
+
+def marks_were_unread(calls: List[str]) -> bool:
+    """Tell whether marks could not be read: then what was settled comes again."""
+    return any("(INJECTED)" in line and "pread64" in line and is_marks(file_of(calls, at))
+               for at, line in enumerate(calls))
+
+
+def was_given_up(lines: List[str], path: str) -> bool:
+    """Tell whether the file of a call that failed was removed, or holds only what was damaged:
+    a segment that was being made, a file that was being written again; or whether it is a
+    folder, in which such a file was being made."""
+    if ".corrupt-" in path:
+        return True
+    name = re.escape(os.path.basename(path))
+    removed = re.compile(rf'unlink(at)?\(.*/({name}|data\.[^/"]*)"')
+    return any(removed.search(line) for line in lines[:8])
 
 
 def is_sync_of_another(line: str, thread: str) -> bool:
@@ -635,7 +835,8 @@ def touches_log(line: str, thread: str) -> bool:
     Another thread's write may have been on its way; nobody waits for it.
     """
     match = CALL.match(line)
-    if not match or not (match[4] or "").endswith("/" + mq.LOG_NAME):
+    name = os.path.basename(match[4] or "") if match else ""
+    if not match or not (name == mq.LOG_NAME or mq.SEGMENT_NAME.fullmatch(name) or is_marks(name)):
         return False
     return (match[2] in ("fdatasync", "fsync", "ftruncate")
             or (match[2] == "pwrite64" and match[1] == thread))
@@ -667,13 +868,14 @@ class Template(NamedTuple):
     work: Callable[[Worker], None]
     damaged: bool
     fills_disk: bool = False
+    room: bool = False
 
 
 class Harness:
     """The temporary folder, the random numbers, and what was found."""
 
-    def __init__(self, base: str, seed: int, long: bool, only: str) -> None:
-        self.base, self.seed, self.long = base, seed, long
+    def __init__(self, base: str, seed: int, long: bool, every: bool, only: str) -> None:
+        self.base, self.seed, self.long, self._every = base, seed, long or every, every
         self._only = only.split(":") if only else []
         self._random = random.Random(seed)
         self.case_numbers = itertools.count()
@@ -681,7 +883,9 @@ class Harness:
         self.faults: List[str] = []
 
     def prepare(self, scenario: Scenario) -> Template:
-        folder, steps = os.path.join(self.base, scenario.name), []  # type: Tuple[str, List[Step]]
+        mq.ROOM_KINDS = (*WITH_ROOM, "tmpfs") if scenario.room else WITH_ROOM
+        folder = os.path.join(self.base, f"{scenario.name}{'-with-room' * scenario.room}")
+        steps: List[Step] = []
         worker = Worker(folder, lambda *step: steps.append(step), 0)
         scenario.prepare(worker)
         return Template(scenario.name, folder, steps, *scenario[2:])
@@ -709,18 +913,21 @@ class Harness:
             elif outcome.status:
                 found.append(f"exit {outcome.status} although nothing was done to it")
             if effect in ("kill", "nothing") and not template.fills_disk:
-                found += [f"not compacted: {step[1]}" for step in outcome.steps
-                          if step[0] == "not compacted"]
+                found += [" ".join(map(str, step)) for step in outcome.steps
+                          if step[0] in ("not compacted", "owing")]
             if not any(only_reads(line) for line in outcome.calls):
-                found += judge(folder, template.steps + outcome.steps, template.damaged)
+                faults = judge(folder, template.steps + outcome.steps, template.damaged)
+                found += [fault for fault in faults if not (fault.startswith("duplicated")
+                                                            and marks_were_unread(outcome.calls))]
         except Exception as error:
             text = str(error) if isinstance(error, Fault) else traceback.format_exc()
             found = [f"unexpected: {text}"]
         if found:
             self.report(template.name, injection, folder, found)
         else:
-            shutil.rmtree(folder)
-            os.unlink(folder + ".strace")
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in (folder + ".strace", *lost_files_of(folder)):
+                os.unlink(path)
         return outcome
 
     def report(self, name: str, injection: Optional[Injection], folder: str,
@@ -733,14 +940,16 @@ class Harness:
             print(f"    {line}")
         print(f"    ... {len(found)} in all" if len(found) > 10 else "", end="", flush=True)
 
-    def numbers(self, calls: List[str], call: str) -> List[int]:
+    def numbers(self, calls: List[str], call: str, sample: int) -> List[int]:
         """Return which calls of a name to harm: all, or the last and some others."""
         count = count_calls(calls, call)
         if len(self._only) == 3:
             return [int(self._only[2])]
-        if self.long or count <= SAMPLE:
+        if self._every or count <= sample:
             return list(range(1, count + 1))
-        return sorted([count, *self._random.sample(range(1, count), SAMPLE - 1)])
+        if sample == 1:
+            return [self._random.randint(1, count)]
+        return sorted([count, *self._random.sample(range(1, count), sample - 1)])
 
     @property
     def is_whole(self) -> bool:
@@ -752,29 +961,35 @@ class Harness:
     def kill_and_fail(self, template: Template) -> None:
         """Harm a scenario's calls, each in a run of its own."""
         calls = self.check(template, None).calls
-        for call in CALLS:
+        for call in KILLED:
             if self.wanted(template.name, call):
-                for number in self.numbers(calls, call):
+                for number in self.numbers(calls, call, SAMPLE_LONG if self.long else SAMPLE):
                     self.check(template, Injection(call, number, "kill"))
-        for call, error in ERRORS:
+        short = not self.long and self.is_whole
+        for call, error in self._random.sample(ERRORS, ERRORS_SHORT) if short else ERRORS:
             if self.wanted(template.name, call):
-                for number in self.numbers(calls, call):
+                for number in self.numbers(calls, call, 1 if short else SAMPLE_LONG):
                     self.check(template, Injection(call, number, error))
 
     def kill_twice(self, template: Template) -> None:
         """Kill, and then kill the start that follows."""
         calls = self.run(template, None)[1].calls
-        points = [(call, number) for call in CALLS
-                  for number in range(1, count_calls(calls, call) + 1)]
-        for call, number in self._random.sample(points, NESTED_LONG if self.long else NESTED):
+        firsts = NESTED_LONG if self.long else NESTED
+        for call, number in self._random.sample(points(calls), firsts):
             folder, outcome = self.run(template, Injection(call, number, "kill"))
+            bring_back(folder)
             again = Template(f"{template.name}-{call}-{number}-again", folder,
                              [*template.steps, *outcome.steps, ("killed",)], go_on,
                              template.damaged)
-            calls = self.check(again, None).calls
-            for second in CALLS:
-                for at in self.numbers(calls, second):
-                    self.check(again, Injection(second, at, "kill"))
+            following = points(self.check(again, None).calls)
+            count = min(len(following), AGAIN_LONG if self.long else AGAIN)
+            for second, at in following if self._every else self._random.sample(following, count):
+                self.check(again, Injection(second, at, "kill"))
+
+
+def points(calls: List[str]) -> List[Tuple[str, int]]:
+    """Return all that a kill can be at."""
+    return [(call, number) for call in KILLED for number in range(1, count_calls(calls, call) + 1)]
 
 
 def copy_folder(source: str, target: str) -> None:
@@ -900,7 +1115,11 @@ def check_machine() -> None:
 
 def run(harness: Harness) -> None:
     make_loops_short()
-    for scenario in SCENARIOS:
+    scenarios = SCENARIOS
+    if harness.long:                         # with room ahead and without
+        scenarios = [scenario._replace(room=room) for scenario in scenarios
+                     for room in (False, True)]
+    for scenario in scenarios:
         if harness.wanted(scenario.name):
             template = harness.prepare(scenario)
             harness.kill_and_fail(template)
@@ -913,7 +1132,8 @@ def run(harness: Harness) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--long", action="store_true", help="every call, not a sample")
+    parser.add_argument("--long", action="store_true", help="more calls")
+    parser.add_argument("--every", action="store_true", help="every call, not a sample")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--only", default="", metavar="SCENARIO[:CALL[:NUMBER]]")
     arguments = parser.parse_args()
@@ -921,7 +1141,7 @@ def main() -> int:
         parser.error(f"scenarios are {', '.join(scenario.name for scenario in SCENARIOS)}")
     logging.disable(logging.CRITICAL)
     base = tempfile.mkdtemp(prefix="mq-kills-", dir=KILLS_DIR)
-    harness = Harness(base, arguments.seed, arguments.long, arguments.only)
+    harness = Harness(base, arguments.seed, arguments.long, arguments.every, arguments.only)
     try:
         check_machine()
         print(f"seed {arguments.seed}", flush=True)

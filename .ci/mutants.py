@@ -38,21 +38,28 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("a crc that does not tell the place of its record", (
-        ("crc = crc32(payload, crc32(head, crc32(U64.pack(offset), seed)))",
-         "crc = crc32(payload, crc32(head, seed))"),
-        ("start = crc32(data[at:body - U32.size], crc32(U64.pack(offset), seed))",
-         "start = crc32(data[at:body - U32.size], seed)")), (
-        "RecordTest.test_a_record_is_one_only_in_its_log_and_at_its_offset",
-        "CrashStateTest.test_no_power_cut_loses_repeats_or_makes_up_a_message")),
+        ("crc = crc32(payload, crc32(checked, seed ^ position))",
+         "crc = crc32(payload, crc32(checked, seed))"),
+        ("if crc32(payload, crc32(data[at + 8:body], seed ^ (position + at))) != crc:",
+         "if crc32(payload, crc32(data[at + 8:body], seed)) != crc:")), (
+        "RecordTest.test_a_record_is_one_only_in_its_log_its_segment_and_its_place",)),
     Mutant("a crc that does not tell the log of its record", (
-        ("self._seed = zlib.crc32(log_id)", "self._seed = 0"),), (
-        "RecordTest.test_a_record_is_one_only_in_its_log_and_at_its_offset",)),
+        ("return zlib.crc32(self.log_id, number)", "return number"),), (
+        "RecordTest.test_a_record_is_one_only_in_its_log_its_segment_and_its_place",)),
+    Mutant("a crc that does not tell the segment of its record", (
+        ("return zlib.crc32(self.log_id, number)", "return zlib.crc32(self.log_id)"),), (
+        "RecordTest.test_a_record_is_one_only_in_its_log_its_segment_and_its_place",)),
     Mutant("a crc that is not looked at", (
-        ("if crc32(payload, start) != crc:", "if crc32(payload, start) == -1:"),), (
+        ("if crc32(payload, crc32(data[at + 8:body], seed ^ (position + at))) != crc:",
+         "if crc32(payload, crc32(data[at + 8:body], seed ^ (position + at))) == -1:"),), (
         "RecordTest.test_every_flipped_bit_is_seen",
         "RecoveryTest.test_every_flipped_byte_costs_only_the_record_it_hit")),
+    Mutant("a line of the marks whose crc is not looked at", (
+        ('return text if crc == b"%d]\\n" % zlib.crc32(text, self._seed) else None',
+         "return text if crc else None"),), (
+        "RecordTest.test_no_line_of_the_marks_is_read_that_is_damaged_or_another_logs",)),
     Mutant("a put that does not wait for its sync", (
-        ("if self.durable < number:", "if self.durable < 0:"),
+        ("if marks or self.durable < number:", "if marks or self.durable < 0:"),
         ("(number is None or number > self.durable)", "number is None")), (
         "AppendTest.test_a_failing_sync_fails_every_waiter",
         "DurableServerTest.test_a_failed_sync_is_no_200",
@@ -68,28 +75,47 @@ MUTANTS = [
         ("self.failure = self.failure or failure", "pass"),), (
         "AppendTest.test_any_other_error_poisons_the_log",)),
     Mutant("a short write that is not cut off", (
-        ("self.storage.truncate(self.fd, self.tail)", "pass"),), (
+        ("            self.storage.truncate(segment.fd, segment.end)\n"
+         "            segment.room = segment.end\n        except",
+         "            pass\n        except"),), (
         "AppendTest.test_a_full_disk_refuses_the_put_and_leaves_the_log_whole",)),
-    Mutant("a new log that is not synced before it is put in place", (
-        ("self.storage.fsync(fresh.fd)", "pass"),), (
-        "CompactionTest.test_any_failure_before_the_rename_keeps_the_old_log",)),
-    Mutant("a new log whose name is not synced", (
-        ("self.storage.fsync(folder)\n", "pass\n"),), (
-        "CrashStateTest.test_no_power_cut_loses_repeats_or_makes_up_a_message",)),
+    Mutant("a start that serves before its snapshot", (
+        ("        self._with_space(self._snapshot_or_full)\n", ""),), (
+        "WorstDayTest.test_no_start_serves_before_its_snapshot_is_written",)),
+    Mutant("a snapshot that pays for what it does not know", (
+        ("self.owed -= owed", "self.owed = 0"),), (
+        "AppendTest.test_only_a_snapshot_frozen_after_the_miss_pays_for_it",)),
+    Mutant("a snapshot that forgets what was marked meanwhile", (
+        ("while self.marks_fd >= 0 and self._copied < self.marks_tail:", "while False:"),), (
+        "AppendTest.test_what_was_marked_while_a_snapshot_was_written_is_in_it",)),
+    Mutant("a frozen page that changes", (
+        ("        self._ours.clear()\n        return dict(self._pages)",
+         "        return dict(self._pages)"),), (
+        "EntriesTest.test_a_frozen_page_never_changes_again",)),
+    Mutant("a mark that is applied where it is read", (
+        ("until = mark.tail if mark else self.log.tail",
+         "until = 0 if mark else self.log.tail"),), (
+        "ModelTest", "SubscriberTest.test_positions_are_kept_by_restarts_and_compactions")),
+    Mutant("a segment that goes before its copies are known", (
+        ("self._copied[number] = self._copies", "pass"),), (
+        "SegmentTest.test_a_segment_out_of_which_copies_went_goes_only_behind_a_snapshot",)),
+    Mutant("a number of a segment that comes back", (
+        ("        self.highest = max([0, *numbers])\n", "        self.highest = 0\n"),
+        ('self.highest = max(self.highest, head["highest"])', "pass"),
+        ("self.highest = max(self.highest, offset >> SEGMENT_SHIFT)", "pass")), (
+        "SegmentTest.test_no_number_comes_back",)),
     Mutant("an id that is given again after a kill", (
-        ("self.state.next_id += ID_GAP", "pass"),), (
+        ("state.see_id(state.next_id + ID_GAP - 1)", "pass"),), (
         "RecoveryTest.test_ids_leave_a_gap_unless_the_stop_was_clean",)),
     Mutant("a cursor off by one", (
-        ("self.cursor_id, self.cursor_offset = record.id + 1, end",
-         "self.cursor_id, self.cursor_offset = record.id + 2, end"),), (
+        ("self.cursor_id = last.id + 1", "self.cursor_id = last.id + 2"),), (
         "ModelTest", "SubscriberTest.test_positions_are_kept_by_restarts_and_compactions")),
     Mutant("a delivery that counts twice", (
-        ("message.delivery - 1)\n        self.leased_count += 1",
-         "message.delivery)\n        self.leased_count += 1"),), (
+        ("consumers.entries[id_][4] + 1 for", "consumers.entries[id_][4] + 2 for"),), (
         "ModelTest",)),
     Mutant("a lease that never ends", (
         ("if consumers.lease_deadlines.is_due(now_ms):",
-         "if consumers.lease_deadlines.is_due(0):"),), (
+         "if consumers.lease_deadlines.next_ms() <= 0:"),), (
         "ConsumptionTest.test_what_is_not_acked_in_time_comes_back_at_its_place",
         "WorstDayTest.test_who_waits_comes_before_who_comes_just_as_a_lease_ends")),
     Mutant("an ack that comes late and still counts", (
@@ -124,13 +150,14 @@ MUTANTS = [
         ("            self._hung_up = True\n            self.when_gone(self._when_gone)",
          "            self._hung_up = True"),), (
         "ConsumptionTest.test_a_hang_up_is_noticed_however_the_request_came",)),
-    Mutant("a compaction that forgets what came back", (
-        ("records.extend(place.retries(place.name, now_ms))", "pass"),), (
-        "CompactionTest.test_only_live_records_are_kept_wherever_they_are",)),
+    Mutant("a copy that forgets what came back", (
+        ("subscription.entries.put(id_, message.offset, entry[2], entry[3], entry[4])",
+         "subscription.entries.put(id_, message.offset, entry[2], entry[3], 0)"),), (
+        "CompactionTest.test_delays_counts_and_other_subscribers_places_survive_a_copy",)),
     Mutant("a dead letter that is buried before it is safe", (
-        ("self._dead[subscriber, message_id] = True",
-         "self._dead[subscriber, message_id] = True\n"
-         "            self._note_settled_locked(subscriber, ids)"),), (
+        ("self._dying[subscriber, message_id] = True",
+         "self._dying[subscriber, message_id] = True\n"
+         "        self._settle_runs_locked(subscriber, ids)"),), (
         "ConsumptionTest.test_dead_letters_wait_where_they_are_while_the_disk_is_full",)),
 ]
 

@@ -3,20 +3,23 @@
 
     python3 .ci/rounds.py                            # some rounds: a look, for CI
     python3 .ci/rounds.py --rounds 100 --seed 7
-    python3 .ci/rounds.py --long                     # 500 rounds
+    python3 .ci/rounds.py --long                     # 250 rounds
 
 A round starts the server on the folder that the last one left, lets 16 producers and 16
 consumers at it while it compacts without end, and ends it within 0.6 s: with SIGKILL, now and
-then with SIGTERM. What the clients saw goes into the tests' Ledger; every 20 rounds, and at the
-end, one consumer takes all that is left and the Ledger judges. An answer to a consumer tells
-that what the same connection was given before is settled; what a broken connection was given
-may be settled or come again; a put without an answer may be in the queue or not.
+then with SIGTERM. Three rounds of four have the sizes of small.py, so that a kill meets changes
+of segments, cleanings, removals and snapshots. What the clients saw goes into the tests' Ledger;
+every 20 rounds, and at the end, one consumer takes all that is left, the Ledger judges, and the
+folder must become small. An answer to a consumer tells that what the same connection was given
+before is settled; what a broken connection was given may be settled or come again; a put without
+an answer may be in the queue or not.
 
-Needs Python 3.9. The folder is made in ROUNDS_DIR (default /var/tmp, which should be a disk).
-The seed fixes sizes, moments and ends of the rounds, not how threads take turns. Exit code:
-0 all good; 1 a fault, the folder is kept; 2 usage.
+Needs Python 3.9. The folder is made in ROUNDS_DIR (default /var/tmp, which should be a disk;
+without a disk's room ahead: /dev/shm). The seed fixes sizes, moments and ends of the rounds, not
+how threads take turns. Exit code: 0 all good; 1 a fault, the folder is kept; 2 usage.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import os
@@ -35,14 +38,17 @@ from typing import Callable, List
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from test_micro_queue import (  # noqa: E402
-    LATE_S, QUEUE, Answer, Client, Fault, Ledger, ServerProcess, count_faults)
+    LATE_S, QUEUE, SERVER, Answer, Client, Fault, Ledger, ServerProcess, count_faults, eventually)
 
 ROUNDS_DIR = os.environ.get("ROUNDS_DIR", "/var/tmp")
-SHORT, LONG = 8, 650             # rounds
+SHORT, LONG = 8, 250             # rounds
 CLIENTS = 16                     # producers, and as many consumers
 SERVING_S = 0.05, 0.6            # how long a round may last
 STOP_EVERY = 6                   # one round of so many ends with SIGTERM
 DRAIN_EVERY = 20
+SMALL = os.path.join(ROOT, ".ci", "small.py")
+PROGRAMS = SMALL, SMALL, SMALL, SERVER
+EMPTY_BYTES = 512 << 10          # an empty queue's files, with the sizes of small.py
 PACES_S = 0.0, 0.0, 0.01, 0.05   # a round's pause after a take: with one, a backlog builds up
 EMPTY_S = 0.003                  # a pause after an empty queue's answer
 LARGE_EVERY = 100                # one message of so many is large
@@ -88,10 +94,10 @@ class Rounds:
 
     # -- the server
 
-    def start(self) -> ServerProcess:
+    def start(self, program: str = SERVER) -> ServerProcess:
         self.stopping = False
-        return ServerProcess(self.base, settings={"fsync": "always",
-                                                  "min_free_bytes": 0}).wait_ready()
+        return ServerProcess(self.base, program=(program,), settings={
+            "fsync": "always", "min_free_bytes": 0}).wait_ready()
 
     def stop(self, server: ServerProcess) -> None:
         """Stop cleanly."""
@@ -111,6 +117,14 @@ class Rounds:
         self.ledger.fault(power_cut=False)
         text = server.stderr().replace(STOPPING_EVENT, "")
         self.unexpected += [f"{word} on stderr" for word in BAD_EVENTS if word in text]
+
+    def file_bytes(self, server: ServerProcess) -> int:
+        """Return how long the segments are, room ahead included."""
+        folder, total = os.path.join(server.path, QUEUE), 0
+        for name in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size * name.startswith("data")
+        return total
 
     # -- clients
 
@@ -173,7 +187,7 @@ class Rounds:
 
     def run(self) -> None:
         """Serve for a moment, with all clients, and end."""
-        server = self.start()
+        server = self.start(self._random.choice(PROGRAMS))
         pace_s = self._random.choice(PACES_S)
         threads = [self.client(server, self.compact, "compact")]
         for number in range(CLIENTS):
@@ -189,9 +203,11 @@ class Rounds:
 
     def drain(self) -> List[str]:
         """Take all that is left; return every fault so far."""
-        server = self.start()
+        server = self.start(SMALL)
         with server.wire(TIMEOUT_S) as wire:
             Client(wire, self.ledger, key=name_of).drain()
+        eventually(lambda: self.file_bytes(server) <= EMPTY_BYTES, TIMEOUT_S,
+                   "the files of an empty queue did not go", pause_s=0.05)
         self.stop(server)
         self.end(server)
         return self.faults()
