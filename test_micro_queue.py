@@ -3406,6 +3406,16 @@ class CompactionTest(Folder):
         queue.retry(first)
         self.assertEqual(payloads(queue), left)
 
+    def test_a_put_that_rotates_while_a_segment_is_sealed_is_no_full_disk(self):
+        queue = self.filled(b"a" * 700, b"b")
+        queue.settle(queue.take())
+        queue.prepare()
+        self.assertIsNotNone(queue.log.ready)
+        # The second hold is the one that seals.
+        queue.lock = Gate(queue.lock, [lambda: None, lambda: queue.log.rotate(queue.state.start)])
+        compact(queue)
+        self.assertEqual(payloads(queue), [b"b"])
+
     def test_a_start_without_space_frees_nothing_out_of_which_copies_went(self):
         with small_segments(**dict.fromkeys(("DEAD_BYTES", "DEAD_LOW_BYTES", "MARKS_BYTES",
                                              "SNAPSHOT_DATA_BYTES"), mq.MIB)):
