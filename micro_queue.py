@@ -1175,7 +1175,10 @@ class Log:
         self._is_recovering = False
         while self._unused:
             segment = self._unused.pop()
-            self.storage.unlink(self.file(segment.name))
+            if segment.is_unreadable:        # it may hold messages
+                self._keep_unreadable(segment)
+            else:
+                self.storage.unlink(self.file(segment.name))
             self.storage.close(segment.fd)
 
     # -- segments
@@ -1284,9 +1287,7 @@ class Log:
         keeps a file system from everybody else."""
         path = self.file(segment.name)
         if segment.is_unreadable:
-            event(logging.WARNING, "unreadable_segment_kept", file=path)
-            if segment.number:
-                self.storage.rename(path, f"{path}.unreadable-{self.codec.log_id.hex()}")
+            self._keep_unreadable(segment)
         else:
             try:
                 while segment.room > FIRST and not segment.users:
@@ -1299,6 +1300,12 @@ class Log:
                 event(logging.WARNING, "segment_not_removed", file=path, error=error.strerror)
         if segment.number:
             self.release(segment, 0)
+
+    def _keep_unreadable(self, segment: Segment) -> None:
+        path = self.file(segment.name)
+        event(logging.WARNING, "unreadable_segment_kept", file=path)
+        if segment.number:
+            self.storage.rename(path, f"{path}.unreadable-{self.codec.log_id.hex()}")
 
     def hold(self, segments: Iterable[Segment]) -> None:
         """Keep descriptors open until `release`, and their files whole."""

@@ -1611,6 +1611,20 @@ class UnreadableTest(Folder):
             self.assertIn(b"b" * 9000, kept[0])
             self.assertEqual(payloads(self.crash()), [])
 
+    def test_a_start_that_can_read_nothing_of_a_segment_keeps_it(self):
+        with small_segments():
+            queue = self.messages(1)[0]
+            for payload in (b"b" * 900, b"c" * 900, b"d"):
+                upkeep(queue)
+                queue.put([payload])
+            snapshot(queue)
+            self.drop()
+            self.bad.add(("data.1.log", 0))
+            self.open(storage=self.storage)
+            kept = [data for name, data in self.files().items() if "unreadable" in name]
+            self.assertEqual(len(kept), 1)
+            self.assertIn(b"b" * 900, kept[0])
+
     def test_any_other_error_is_the_end(self):
         for failure in (errno.ESTALE, errno.EBADF):
             queue = self.messages(1)[0]
