@@ -4537,6 +4537,7 @@ class Broker:
                 if self.space.free_bytes() < self.space.min_free_bytes // 2:
                     raise DiskFull           # or they would fill it, and nothing could free it
                 target.put([message.payload for _, message in letters], limited=False)
+                target.log.sync(target.log.appends)      # whatever `fsync` says: they were durable
             except (ApiError, DiskFull) as error:    # they stay where they are, to be tried again
                 if queue.config.name not in self._stuck:
                     event(logging.WARNING, "dead_letters_wait", queue=queue.config.name,

@@ -4205,6 +4205,28 @@ class BoundedTest(Folder):
             mq.exhaust(queue.upkeep())
         self.assertEqual([c for c in self.storage.calls if "sync" in c or "write" in c], [])
 
+    def test_a_dead_letter_is_durable_before_it_is_settled_whatever_fsync_says(self):
+        for fsync in ("always", "everysec", "no"):
+            config = mq.parse_config({
+                "settings": {"path": self.folder(fsync), "fsync": fsync, "min_free_bytes": 0},
+                "queues": [{"name": "q", "max_deliveries": 1, "dead_letter": "dead"},
+                           {"name": "dead"}],
+                "tokens": [{"name": "a", "token": "t" * 32, "admin": True}]})
+            broker = mq.Broker(config, self.fail, self.clock)
+            for queue in broker.queues.values():
+                self.queues.append(queue)
+                queue.log.lock()
+                queue.recover()
+            queue, target = broker.queues["q"], broker.queues["dead"]
+            queue.put([b"x"])
+            queue.retry(queue.take())
+            durable = []
+            with unittest.mock.patch.object(queue, "bury", side_effect=lambda letters: (
+                    durable.append(target.log.durable == target.log.appends),
+                    mq.Queue.bury(queue, letters))):
+                move_dead_letters(broker, queue)
+            self.assertEqual((durable, payloads(target)), ([True], [b"x"]), fsync)
+
     def test_nothing_large_is_kept_of_what_was_read(self):
         names = [str(number) for number in range(10)]
         queue = self.queue_of(names)
