@@ -3179,7 +3179,8 @@ class Queue:
                 puts, self._puts, self._staged_bytes, self._staged_count = self._puts, [], 0, 0
                 try:
                     self._check_open()
-                    self._write_settled_locked()
+                    if self._settled:
+                        self._write_settled_locked()
                     results: Sequence[Union[int, Exception]] = (
                         self._append_locked(puts) if puts else ())
                     number = self.log.appends
@@ -3305,10 +3306,10 @@ class Queue:
 
         def apply(messages: Sequence[Message]) -> None:
             self.state.apply(messages)
-            for first, put in zip(firsts, puts):
-                if put.delay_s:
-                    self._delay_locked(range(first, first + len(put.payloads)),
-                                       now_ms + put.delay_s * 1000)
+            for first, (payloads, delay_s, _) in zip(firsts, puts):
+                if delay_s:
+                    self._delay_locked(range(first, first + len(payloads)),
+                                       now_ms + delay_s * 1000)
             self.in_total += len(messages)
             self._touched.update(self._awaited)
 
@@ -3371,14 +3372,14 @@ class Queue:
                          ) -> Tuple[Optional[Delivery], bool]:
         """Return what is to be had, and whether that, or a wait, is all there is to do now."""
         self._check_open()
-        now_ms = self.now_ms()
-        self._tick_locked(subscriber, now_ms)
-        self._expire_locked(now_ms)
+        now_ms, consumers = self.now_ms(), self._consumers[subscriber]
+        self._tick_locked(consumers, now_ms)
+        if now_ms >= self._expiry_ms:
+            self._expire_locked(now_ms)
         if self._touched:                    # who waits came first
             self._match_locked()
-        consumers = self._consumers[subscriber]
         if now_ms < self._expiry_ms:
-            fitting = self._fitting_locked(consumers, wish)
+            fitting = self._fitting_locked(consumers, wish) if self._budget.tight else wish
             delivery = self._take_locked(consumers, fitting) if fitting else None
             if delivery or not consumers.subscription.is_behind:
                 if delivery is None and waiter and waiter.wait_s:
@@ -3428,8 +3429,6 @@ class Queue:
     def _fitting_locked(self, consumers: Consumers, wish: Wish) -> Optional[Wish]:
         """Return what of a wish is to be had while clients hold much: only what does not count;
         None if the next message does."""
-        if not self._budget.tight:
-            return wish
         if any(len(m.payload) > UNCOUNTED_BYTES for m in self._look_locked(consumers)):
             return None
         return wish._replace(max_bytes=UNCOUNTED_BYTES)
@@ -3598,7 +3597,9 @@ class Queue:
             waiters = consumers.waiters
             while waiters and self._look_locked(consumers):
                 waiter = next(iter(waiters.values()))
-                fitting = self._fitting_locked(consumers, waiter.wish)
+                fitting: Optional[Wish] = waiter.wish
+                if self._budget.tight:
+                    fitting = self._fitting_locked(consumers, waiter.wish)
                 if not fitting:              # the budget has `tick` called once there is room
                     break
                 delivery = None if waiter.is_gone() else self._take_locked(consumers, fitting)
@@ -3747,8 +3748,8 @@ class Queue:
                 return NEVER
             now_ms = self.now_ms()
             self._expire_locked(now_ms)
-            for name in self._consumers:
-                self._tick_locked(name, now_ms)
+            for consumers in self._consumers.values():
+                self._tick_locked(consumers, now_ms)
             self._match_locked()
             next_ms = self._expiry_ms
             for name, consumers in self._consumers.items():
@@ -3759,15 +3760,14 @@ class Queue:
                               consumers.waiter_deadlines.next_ms(), consumers.delayed.next_ms())
             return next_ms - self._epoch_ms
 
-    def _tick_locked(self, subscriber: str, now_ms: int) -> None:
+    def _tick_locked(self, consumers: Consumers, now_ms: int) -> None:
         """Take back what leases had out too long, make ready what was delayed: as much as one
         hold of the lock may."""
-        consumers = self._consumers[subscriber]
         if consumers.lease_deadlines.is_due(now_ms):
             self.log.guard(lambda: self._end_leases_locked(consumers, now_ms))
         if consumers.delayed.is_due(now_ms):
             self.log.guard(lambda: consumers.end_delays(now_ms))
-            self._touched.add(subscriber)
+            self._touched.add(consumers.subscription.name)
 
     def _end_leases_locked(self, consumers: Consumers, now_ms: int) -> None:
         over: List[int] = []
