@@ -122,8 +122,9 @@ class Rounds:
         """Return how long the segments are, room ahead included."""
         folder, total = os.path.join(server.path, QUEUE), 0
         for name in os.listdir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(folder, name)).st_size * name.startswith("data")
+            if name.endswith(".log"):        # a torn tail that was saved stays
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(folder, name)).st_size
         return total
 
     # -- clients
