@@ -611,21 +611,27 @@ def _quoted(name: str) -> bytes:
 
 
 class Marks:
-    """Encodes and decodes the lines of one log's marks. Each is a JSON array that ends with the
-    crc32 of what stands before it."""
+    """Encodes or decodes the lines of one file of marks, one after the other. Each is a JSON array
+    that ends with a crc32 of what stands before it, which starts from that of the line before: so
+    a line is one only in its file and its place. `crc` is that of the last line."""
 
     def __init__(self, log_id: bytes) -> None:
-        self._seed = zlib.crc32(log_id)
+        self.crc = zlib.crc32(log_id)
         self._names: Dict[bytes, str] = {}   # by their JSON: a line is made and read quickly
 
     def line(self, text: bytes) -> bytes:
         """Return a line of an array that lacks its crc and its end."""
-        return b"%b,%d]\n" % (text, zlib.crc32(text, self._seed))
+        self.crc = zlib.crc32(text, self.crc)
+        return b"%b,%d]\n" % (text, self.crc)
 
     def check(self, line: bytes) -> Optional[bytes]:
         """Return the text of a line, None if it is damaged."""
-        text, _, crc = line.rpartition(b",")
-        return text if crc == b"%d]\n" % zlib.crc32(text, self._seed) else None
+        text, _, found = line.rpartition(b",")
+        crc = zlib.crc32(text, self.crc)
+        if found != b"%d]\n" % crc:
+            return None
+        self.crc = crc
+        return text
 
     def encode(self, mark: Mark) -> bytes:
         kind, subscriber, first, last, tail, deliveries, due_ms = mark
@@ -1418,7 +1424,12 @@ class Log:
         even if there was none. Raises LogFailed."""
         if self.failure:
             raise self.failure
-        written = self._write_marks(b"".join(map(self.marks.encode, marks)))
+        crc, written = self.marks.crc, False
+        try:
+            written = self._write_marks(b"".join(map(self.marks.encode, marks)))
+        finally:
+            if not written:                  # the next line stands in its place
+                self.marks.crc = crc
         try:
             apply()
         except BaseException as error:
@@ -1520,22 +1531,23 @@ class Log:
                   bytes=len(rest.rstrip(b"\0")))
             self.save_bytes(f"{self.file(META_NAME)}.corrupt-{secrets.token_hex(8)}", [rest])
 
-    def write_snapshot(self, lines: Iterator[bytes], since: int,
+    def write_snapshot(self, lines: Callable[[Marks], Iterator[bytes]], since: int,
                        lock: threading.Lock) -> Steps[bool]:
         """Put a snapshot, which was frozen when the marks ended at `since`, in place of the
         marks, with all that was marked since. Durable when it returns True; False if there was
         no space, the old marks being in use. `lock` is the owner's."""
         self.sync()                          # what is frozen must not be ahead of the data
+        marks = Marks(self.codec.log_id)
         path = f"{self.file(META_NAME)}.{secrets.token_hex(8)}.tmp"
         fds: List[int] = []                  # once the new file has its name none may be lacking
         try:
             fds.append(self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             fds.append(self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY))
             self.lock_file(fds[0])
-            size = end = yield from self._write_lines(fds[0], lines)
-            end = self._copy_marks(fds[0], end, since)
+            size = end = yield from self._write_lines(fds[0], lines(marks))
+            end = self._copy_marks(marks, fds[0], end, since)
             yield 0
-            self._switch_marks(fds[0], fds[1], path, end, lock)
+            self._switch_marks(marks, fds[0], fds[1], path, end, lock)
         except BaseException as error:
             if self.marks_fd not in fds:
                 with contextlib.suppress(OSError):
@@ -1572,34 +1584,36 @@ class Log:
                 synced = end
             yield SNAPSHOT_REST_S
 
-    def _copy_marks(self, fd: int, end: int, since: int) -> int:
+    def _copy_marks(self, marks: Marks, fd: int, end: int, since: int) -> int:
         """Copy what was marked since; return where the copy ends. Notes where to go on."""
         self._copied = since
         while self.marks_fd >= 0 and self._copied < self.marks_tail:
             size = min(LOG_CHUNK_BYTES, self.marks_tail - self._copied)
             data = self._read_all(self.marks_fd, size, self._copied)
-            self.storage.write_all(fd, data, end)
-            end += len(data)
-            self._copied += len(data)
+            lines = data[:data.rfind(b"\n") + 1].splitlines(keepends=True)
+            copy = b"".join([marks.line(line.rpartition(b",")[0]) for line in lines])
+            self.storage.write_all(fd, copy, end)
+            end += len(copy)
+            self._copied += sum(map(len, lines))
         return end
 
-    def _switch_marks(self, fd: int, folder_fd: int, path: str, end: int,
+    def _switch_marks(self, marks: Marks, fd: int, folder_fd: int, path: str, end: int,
                       lock: threading.Lock) -> None:
         """Rename the new marks into place. No sync of the old ones may end meanwhile: so what is
         copied last, under the owner's lock, needs none either."""
         with self._one_sync:
             if self.failure:
                 raise self.failure
-            end = self._copy_marks(fd, end, self._copied)        # may be synced where it is
+            end = self._copy_marks(marks, fd, end, self._copied)     # may be synced there
             self.storage.fdatasync(fd)
             synced = end
             with lock:
-                end = self._copy_marks(fd, end, self._copied)
+                end = self._copy_marks(marks, fd, end, self._copied)
                 self.prove_lock()
                 self.storage.rename(path, self.file(META_NAME))
                 olds = self.marks_fd, self._folder_fd
                 self.marks_fd, self.marks_tail, self._folder_fd = fd, end, folder_fd
-                self._marks_synced = synced
+                self.marks, self._marks_synced = marks, synced
             for old in olds:
                 if old >= 0:
                     self.storage.close(old)
@@ -2466,7 +2480,9 @@ class State:
             own = list(filter(None, s.entries.freeze().values()))
             pages += own
             places.append([s.name, s.cursor_id, s.cursor, s.passed, s.passed_bytes, len(own)])
-        head = {"log_id": self.log.codec.log_id.hex(), "marker": self.log.codec.marker.hex(),
+        codec = self.log.codec
+        head = {"id": secrets.token_hex(8), "log_id": codec.log_id.hex(),
+                "marker": codec.marker.hex(),
                 "time_ms": self.time_ms, "tail": self.log.tail, "highest": self.log.highest,
                 "start": list(self.start), "subscriptions": places}
         return Frozen(head, pages)
@@ -3946,7 +3962,7 @@ class Queue:
             files = [(segment, segment.end) for segment in segments]
             self.log.hold(segments)
         try:
-            marks_bytes = sum(map(len, frozen.lines(self.log.marks)))
+            marks_bytes = sum(map(len, frozen.lines(Marks(self.log.codec.log_id))))
         except BaseException:
             for segment in segments:
                 self.log.release(segment)
@@ -3960,7 +3976,7 @@ class Queue:
         try:
             yield b""                        # begun: so that what is below is done at the end
             yield _tar_head(META_NAME, marks_bytes)
-            yield from frozen.lines(self.log.marks)
+            yield from frozen.lines(Marks(self.log.codec.log_id))
             yield _tar_end(marks_bytes)
             del frozen                       # its pages are copies by and by
             while files:
@@ -4020,8 +4036,8 @@ class Queue:
             frozen, since, owed = self.state.freeze(), self.log.marks_tail, self.owed
             covered = Covered(self._copies, self.state.start.put_bytes, {
                 s.name: s.passed_bytes for s in self.state.subscriptions.values()})
-        done = yield from self.log.write_snapshot(frozen.lines(self.log.marks, clean=clean),
-                                                  since, self.lock)
+        done = yield from self.log.write_snapshot(
+            lambda marks: frozen.lines(marks, clean=clean), since, self.lock)
         if done:
             with self.lock:
                 self.owed -= owed            # what was refused since the freeze still is

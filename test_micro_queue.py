@@ -1088,32 +1088,43 @@ class RecordTest(unittest.TestCase):
             self.assertIsNone(codec.decode_start(flipped(data, at), 5))
 
     def test_each_line_of_the_marks_is_json_that_ends_with_its_crc(self):
-        marks = mq.Marks(bytes(16))
+        marks, reader = mq.Marks(bytes(16)), mq.Marks(bytes(16))
         several = [mq.Mark(mq.SETTLED, 'a "quoted"\n, name', 1, 1 << 60, 7 << 32 | 44),
                    mq.Mark(mq.RETRY, "", 5, 6, 44, 3, 1 << 50),
                    mq.Mark(mq.POSITION, "ä", 9, 9, 44)]
         lines = [marks.encode(mark) for mark in several]
-        self.assertEqual([marks.decode(line) for line in lines], several)
+        self.assertEqual([reader.decode(line) for line in lines], several)
         head, page = {"log_id": "00", "pages": 1}, {3: mq.ENTRY.pack(3, 44, 0, 30, 1)}
         lines += [marks.head(head), marks.page(page)]
-        self.assertEqual(marks.decode_head(lines[-2]), head)
-        self.assertEqual(marks.decode_page(lines[-1]), page)
-        for line in lines:
-            text = line[:line.rindex(b",")]
-            self.assertEqual(json.loads(line)[-1], zlib.crc32(text, zlib.crc32(bytes(16))))
+        self.assertEqual(reader.decode_head(lines[-2]), head)
+        self.assertEqual(reader.decode_page(lines[-1]), page)
+        crc = zlib.crc32(bytes(16))
+        for line in lines:                   # each goes on from the one before
+            crc = zlib.crc32(line[:line.rindex(b",")], crc)
+            self.assertEqual(json.loads(line)[-1], crc)
 
-    def test_no_line_of_the_marks_is_read_that_is_damaged_or_another_logs(self):
-        marks, other = mq.Marks(bytes(16)), mq.Marks(b"x" * 16)
-        lines = [marks.encode(mq.Mark(mq.RETRY, "sub", 5, 6, 44, 3, 99)),
-                 marks.head({"log_id": "00"}), marks.page({3: mq.ENTRY.pack(3, 44, 0, 30, 1)})]
+    def test_no_line_of_the_marks_is_read_that_is_damaged_or_elsewhere(self):
+        mark, head = mq.Mark(mq.RETRY, "sub", 5, 6, 44, 3, 99), {"log_id": "00"}
+        page = {3: mq.ENTRY.pack(3, 44, 0, 30, 1)}
         decoders = ("decode", "decode_head", "decode_page")
-        for line, decoder in zip(lines, decoders):
-            self.assertIsNone(getattr(other, decoder)(line))
-            for other_decoder in set(decoders).difference([decoder]):
-                self.assertIsNone(getattr(marks, other_decoder)(line))
+        for decoder, make in zip(decoders, (lambda m: m.encode(mark), lambda m: m.head(head),
+                                            lambda m: m.page(page))):
+            def read(line, decoder=decoder, log_id=bytes(16), before=()):
+                marks = mq.Marks(log_id)
+                for other in before:
+                    self.assertIsNotNone(marks.decode(other))
+                return getattr(marks, decoder)(line)
+
+            line = make(mq.Marks(bytes(16)))
+            self.assertIsNotNone(read(line))
+            self.assertIsNone(read(line, log_id=b"x" * 16))
+            first = mq.Marks(bytes(16)).encode(mark)
+            self.assertIsNone(read(line, before=[first]))        # it stood at another place
+            for other in set(decoders).difference([decoder]):
+                self.assertIsNone(read(line, other))
             for at in range(len(line)):
-                self.assertIsNone(getattr(marks, decoder)(flipped(line, at)), at)
-                self.assertIsNone(getattr(marks, decoder)(line[:at]), at)
+                self.assertIsNone(read(flipped(line, at)), at)
+                self.assertIsNone(read(line[:at]), at)
 
 
 # ---- Log ----------------------------------------------------------------------------------
@@ -4221,9 +4232,12 @@ class BoundedTest(Folder):
             queue.put([b"x"])
             queue.retry(queue.take())
             durable = []
-            with unittest.mock.patch.object(queue, "bury", side_effect=lambda letters: (
-                    durable.append(target.log.durable == target.log.appends),
-                    mq.Queue.bury(queue, letters))):
+
+            def bury(letters, queue=queue, log=target.log, durable=durable):
+                durable.append(log.durable == log.appends)
+                mq.Queue.bury(queue, letters)
+
+            with unittest.mock.patch.object(queue, "bury", side_effect=bury):
                 move_dead_letters(broker, queue)
             self.assertEqual((durable, payloads(target)), ([True], [b"x"]), fsync)
 
@@ -6837,13 +6851,14 @@ class RoundsTest(Rounds):
         self.round()
         self.assertEqual(self.statuses(wires), [200] * 20)
         self.assertEqual(storage.calls, ["pwrite"])
-        written = []
+        written, marks = [], mq.Marks(bytes(16))
+        marks.crc = self.queue.log.marks.crc
         storage.before["pwrite"] = lambda fd, data, offset: written.append(data)
         for wire in wires:
             wire.send(request("GET", "/out/fetcher"))
         self.round()
         self.assertEqual(self.statuses(wires), [200] * 20)
-        mark, = [self.queue.log.marks.decode(line) for line in written]
+        mark, = [marks.decode(line) for line in written]
         self.assertEqual(mark, (mq.SETTLED, "", 2, 21, self.queue.log.tail, 0, 0))
 
     def test_a_full_disk_refuses_each_put_of_the_round_and_applies_none(self):

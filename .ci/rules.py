@@ -276,10 +276,11 @@ def settled_beside_a_snapshot(run: Run) -> None:
 
 
 case("a2",
-     ("            end = self._copy_marks(fd, end, self._copied)        # may be synced where it is"
+     ("            end = self._copy_marks(marks, fd, end, self._copied)     # may be synced there"
       "\n            self.storage.fdatasync(fd)\n",
       "            self.storage.fdatasync(fd)\n"
-      "            end = self._copy_marks(fd, end, self._copied)\n"))(settled_beside_a_snapshot)
+      "            end = self._copy_marks(marks, fd, end, self._copied)\n"))(
+          settled_beside_a_snapshot)
 
 
 RENAMED = (("        self.snapshot_bytes = size\n",
