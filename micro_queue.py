@@ -4163,14 +4163,15 @@ class Queue:
         position, end = segment.base | FIRST, segment.base | segment.end
         while position < end:
             started = time.perf_counter()
-            messages, position = self.log.read(position, end, SLICE_BYTES)
+            before = position
+            messages, position = self.log.read(before, end, SLICE_BYTES)
             for at in range(0, len(messages), SLICE_MESSAGES):
                 with self.lock:
                     if not self._copy_locked(number, messages[at:at + SLICE_MESSAGES]):
                         return False
                 yield self._rest_s(time.perf_counter() - started)
                 started = time.perf_counter()
-            if not messages and position >> SEGMENT_SHIFT != number:
+            if position == before:           # it ends sooner: another reader met damage there
                 break
         with self.lock:
             for consumers in self._consumers.values() if self.state.live.get(number) else ():

@@ -3441,6 +3441,23 @@ class CompactionTest(Folder):
         compact(queue)
         self.assertEqual(payloads(queue), [b"b"])
 
+    def test_a_cleaning_ends_where_another_reader_met_damage_at_the_end(self):
+        queue = self.filled(b"a" * 100, b"b" * 100, b"c" * 600)
+        upkeep(queue)
+        queue.put([b"d"])
+        segment = queue.log.segments[0]
+        for _ in range(3):
+            queue.settle(queue.take())
+        steps, end = queue._clean(0), segment.end
+        next(steps)
+        self.overwrite(b"c" * 600, b"C" * 600)
+        queue.log.read(end - 600 - mq.HEAD.size, queue.state.end)
+        self.assertLess(segment.end, end)
+        some = iter([queue.log.read] * 10)   # and no more
+        with unittest.mock.patch.object(queue.log, "read", side_effect=lambda *a: next(some)(*a)):
+            for _ in steps:
+                pass
+
     def test_a_start_without_space_frees_nothing_out_of_which_copies_went(self):
         with small_segments(**dict.fromkeys(("DEAD_BYTES", "DEAD_LOW_BYTES", "MARKS_BYTES",
                                              "SNAPSHOT_DATA_BYTES"), mq.MIB)):
