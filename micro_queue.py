@@ -3452,6 +3452,7 @@ class Queue:
     def _take_locked(self, consumers: Consumers, wish: Wish) -> Optional[Delivery]:
         name = consumers.subscription.name
         messages: List[Message] = []
+        held = 0
         try:
             counts = self._take_out_locked(consumers, wish, messages)
             if not messages:
@@ -3460,10 +3461,13 @@ class Queue:
             delivery = self._delivery(name, messages, counts, wish, key)
             if delivery.held:
                 self._budget.hold(delivery.held)
+                held = delivery.held
             if key is not None:              # last: nothing is leased to nobody
                 self._lease_locked(name, key, delivery.ids, wish.lease_s)
             return delivery
         except Exception:                    # no memory: nobody has them
+            if held:
+                self._budget.hold(-held)
             self.log.guard(lambda: consumers.take_back([m.id for m in messages], 0))
             raise
 
