@@ -1668,8 +1668,11 @@ class Log:
                      and (not f[1] or f in waiting)]
             self._followers = [f for f in self._followers if f not in ready]
             self._leading = more = bool(self._followers) and self.current.fd >= 0
-        for _, _, call in ready:
-            call(None)
+        try:
+            for _, _, call in ready:
+                call(None)
+        except BaseException as error:       # those behind it would wait for ever
+            self.give_up(error)
         return more
 
     def wait_durable(self, number: int) -> None:

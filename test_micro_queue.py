@@ -3820,6 +3820,15 @@ class MemoryTest(Folder):
         self.start()
         self.assertEqual(held(self.queue), (0, 0), where)
 
+    def test_an_answer_that_fails_behind_a_sync_leaves_nobody_waiting(self):
+        queue = self.open(fsync="always", staging=set(), lead=lambda log: None)
+        for done in (unittest.mock.Mock(side_effect=MemoryError), lambda _: None):
+            queue.stage(mq.Put([b"a"], 0, done))
+            queue.flush()
+        with self.assertRaises(mq.LogFailed):        # a start is what helps
+            queue.log.lead()
+        self.assertIsNotNone(queue.log.failure)
+
     def test_a_take_that_finds_no_memory_for_its_lease_lets_go_of_the_budget(self):
         budget = mq.Budget(mq.MIB)
         queue = self.filled(b"x" * 2 * mq.UNCOUNTED_BYTES, budget=budget)
