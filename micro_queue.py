@@ -192,48 +192,36 @@ class ApiError(Exception):
 # JSON to frozen, validated values. A field's check is declared where the field is; one
 # function walks them all, so that every refusal names its JSON path.
 
-Check = Callable[[Any], Optional[str]]
 FIFO = ""                        # the one subscriber of a fifo queue
 QUEUE_NAME = re.compile(r"[-a-zA-Z0-9]{1,50}")
+TWICE = object()                 # the value of a JSON key that came twice
 T = TypeVar("T")
+
+
+class Check(NamedTuple):
+    """What a field's value may be, and how a refusal calls that. Null where it is the default."""
+
+    good: Callable[[Any], object]
+    what: str
 
 
 def _field(check: Check, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def _flag(value: Any) -> Optional[str]:
-    return None if isinstance(value, bool) else "must be true or false"
+def _whole(low: int, high: int) -> Check:
+    return Check(lambda value: type(value) is int and low <= value <= high,
+                 f"a whole number from {low} to {high}")
 
 
-def _whole(low: int, high: int, *, null: bool = False) -> Check:
-    def check(value: Any) -> Optional[str]:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if (null and value is None) or (whole and low <= value <= high):
-            return None
-        return f"must be a whole number from {low} to {high}" + (" or null" if null else "")
-    return check
+def _text(pattern: str, what: str) -> Check:
+    return Check(lambda value: isinstance(value, str) and value.isprintable()
+                 and re.fullmatch(pattern, value), what)
 
 
-def _text(pattern: str, what: str, *, null: bool = False) -> Check:
-    def check(value: Any) -> Optional[str]:
-        if null and value is None:
-            return None
-        good = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
-        return None if good else f"must be {what}" + (" or null" if null else "")
-    return check
-
-
-def _names(value: Any) -> Optional[str]:
-    good = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    return None if good else "must be a list of queue names"
-
-
-def _later(check: Check, default: Any) -> Check:
-    """Refuse, for now, anything but the default."""
-    return lambda value: check(value) or (None if value == default else "is not supported yet")
-
-
+_flag = Check(lambda value: isinstance(value, bool), "true or false")
+_names = Check(lambda value: isinstance(value, list)
+               and all(isinstance(name, str) for name in value), "a list of queue names")
 _queue_name = _text(QUEUE_NAME.pattern, "1 to 50 letters, digits or hyphens")
 _path = _text(r"(?s)[^~].*", "a path; ~ is not expanded")
 _address = _text(r"[0-9A-Za-z._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Za-z.:%_-]*",
@@ -252,12 +240,12 @@ class Settings:
     max_message_bytes: int = _field(_whole(1, MAX_MESSAGE_BYTES), 16 * MIB)
     min_free_bytes: int = _field(_whole(0, 1 << 50), 16 * MIB)
     max_connections: int = _field(_whole(1, 65536), 1024)
-    max_inflight_bytes: Optional[int] = _field(_whole(2, 1 << 50, null=True), None)
+    max_inflight_bytes: Optional[int] = _field(_whole(2, 1 << 50), None)
     request_timeout: int = _field(_whole(1, 3600), 30)
     idle_timeout: int = _field(_whole(1, 86400), 75)
-    standby: bool = _field(_later(_flag, False), False)
-    tls_cert: Optional[str] = _field(_later(_text(".+", "a path", null=True), None), None)
-    tls_key: Optional[str] = _field(_later(_text(".+", "a path", null=True), None), None)
+    standby: bool = _field(_flag, False)
+    tls_cert: Optional[str] = _field(_text(".+", "a path"), None)
+    tls_key: Optional[str] = _field(_text(".+", "a path"), None)
 
     @property
     def inflight_bytes(self) -> int:
@@ -273,12 +261,11 @@ class QueueConfig:
     kind: str = _field(_text("fifo|broadcast", '"fifo" or "broadcast"'), "fifo")
     content_type: str = _field(_text(r"[!-~]([ -~]{0,126}[!-~])?", "a media type"),
                                "application/json")
-    max_messages: Optional[int] = _field(_whole(1, 1 << 50, null=True), None)
-    max_bytes: Optional[int] = _field(_whole(1, 1 << 50, null=True), None)
-    ttl: Optional[int] = _field(_whole(1, 1 << 32, null=True), None)
-    max_deliveries: Optional[int] = _field(_whole(1, 1 << 31, null=True), None)
-    dead_letter: Optional[str] = _field(_text(QUEUE_NAME.pattern, "a queue's name", null=True),
-                                        None)
+    max_messages: Optional[int] = _field(_whole(1, 1 << 50), None)
+    max_bytes: Optional[int] = _field(_whole(1, 1 << 50), None)
+    ttl: Optional[int] = _field(_whole(1, 1 << 32), None)
+    max_deliveries: Optional[int] = _field(_whole(1, 1 << 31), None)
+    dead_letter: Optional[str] = _field(_text(QUEUE_NAME.pattern, "a queue's name"), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,17 +312,11 @@ class Config:
                      if queue.name in token.get and not token.admin)
 
 
-class _Object(Dict[str, Any]):
-    """A JSON object that remembers a key that came twice."""
-
-    twice: Optional[str] = None
-
-    @classmethod
-    def of_pairs(cls, pairs: List[Tuple[str, Any]]) -> _Object:
-        found = cls(pairs)
-        counts = collections.Counter(key for key, _ in pairs)
-        found.twice = next((key for key, count in counts.items() if count > 1), None)
-        return found
+def _object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found: Dict[str, Any] = {}
+    for key, value in pairs:
+        found[key] = TWICE if key in found else value
+    return found
 
 
 def load_config(path: str) -> Config:
@@ -346,7 +327,7 @@ def load_config(path: str) -> Config:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     try:
-        value = json.loads(text, object_pairs_hook=_Object.of_pairs)
+        value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         advice = "" if text.lstrip().startswith(b"{") else (
             "; YAML is converted with `yq . FILE > config.json` (Debian's yq) or "
@@ -363,6 +344,9 @@ def parse_config(value: Any) -> Config:
                     _build_all(Token, value, "tokens"))
     _check_unique("queues", "name", [queue.name for queue in config.queues])
     _check_unique("tokens", "name", [token.name for token in config.tokens])
+    for key in ("standby", "tls_cert", "tls_key"):
+        if getattr(settings, key):
+            raise ConfigError(f"settings.{key}: is not supported yet")
     if settings.inflight_bytes < 2 * settings.max_message_bytes:
         raise ConfigError("settings.max_inflight_bytes: must be at least twice max_message_bytes "
                           f"({settings.max_message_bytes}), or null")
@@ -379,9 +363,9 @@ def parse_config(value: Any) -> Config:
 def _check_keys(value: Any, path: str, known: Iterable[str]) -> None:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must be a JSON object")
-    if isinstance(value, _Object) and value.twice is not None:
-        raise ConfigError(f"{path}.{value.twice}: stands there twice; remove one")
-    for key in value:
+    for key, item in value.items():
+        if item is TWICE:
+            raise ConfigError(f"{path}.{key}: stands there twice; remove one")
         if key not in known:
             raise ConfigError(f"{path}.{key}: unknown key; known are {', '.join(sorted(known))}")
 
@@ -391,10 +375,9 @@ def _build(cls: Type[T], value: Any, path: str) -> T:
     _check_keys(value, path, fields)
     for name, field in fields.items():
         if name in value:
-            null = value[name] is None and field.default is None
-            problem = None if null else field.metadata["check"](value[name])
-            if problem:
-                raise ConfigError(f"{path}.{name}: {problem}")
+            check, null = field.metadata["check"], field.default is None
+            if not (check.good(value[name]) or (null and value[name] is None)):
+                raise ConfigError(f"{path}.{name}: must be {check.what}{' or null' * null}")
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name}: is missing")
     return cls(**{key: tuple(item) if isinstance(item, list) else item
