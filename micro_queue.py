@@ -53,6 +53,7 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import email.utils
 import errno
 import fcntl
 import functools
@@ -4834,15 +4835,9 @@ def parse_chunk_line(line: bytes) -> Tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def start_of_head(status: int, now_s: int) -> bytes:
-    """Return an answer's head up to its length; with the date of RFC 9110, 5.6.7, whatever the
-    locale."""
-    t = time.gmtime(now_s)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
-    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun",
-             "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
+    """Return an answer's head up to its length."""
     return (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nServer: micro-queue\r\n"
-            f"Date: {day}, {t.tm_mday:02} {month} {t.tm_year} "
-            f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT\r\nContent-Length: ").encode()
+            f"Date: {email.utils.formatdate(now_s, usegmt=True)}\r\nContent-Length: ").encode()
 
 
 class Answer(NamedTuple):
