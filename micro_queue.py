@@ -4693,8 +4693,7 @@ class Request(NamedTuple):
     queue: Optional[str]
     query: str
     is_asterisk: bool                        # OPTIONS *
-    token_digest: Optional[bytes]            # None: no token, or not understood
-    has_authorization: bool
+    token_digest: Optional[bytes]            # None: no Authorization; empty: not understood
     has_body: bool
     length: int
     chunked: bool
@@ -4748,11 +4747,11 @@ def parse_request(head: bytes) -> Request:
         raise malformed("Send exactly one valid Host header")
     path, _, query = target.partition("?")
     action, queue = _split_path(path)
-    bearer = BEARER.fullmatch(fields.get(b"authorization", b""))
+    authorization = fields.get(b"authorization")
+    bearer = BEARER.fullmatch(authorization or b"")
     return Request(
         method=method, action=action, queue=queue, query=query, is_asterisk=path == "*",
-        token_digest=hashlib.sha256(bearer[1]).digest() if bearer else None,
-        has_authorization=b"authorization" in fields,
+        token_digest=hashlib.sha256(bearer[1]).digest() if bearer else authorization and b"",
         has_body=chunked or length > 0, length=length, chunked=chunked,
         expects=parse_expect(fields, old),
         keep_alive=parse_keep_alive(fields, old), old=old,
@@ -5312,8 +5311,8 @@ def authorize(broker: Broker, request: Request, action: Optional[Action],
         raise unready(broker.unready)
     token = broker.tokens.get(request.token_digest or b"")
     if token is None:
-        reason = ("Unknown token" if request.token_digest else "Malformed Authorization header"
-                  if request.has_authorization else "Missing Authorization header")
+        reason = ("Missing Authorization header" if request.token_digest is None else
+                  "Unknown token" if request.token_digest else "Malformed Authorization header")
         log_request(logging.WARNING, "unauthorized", request, client, reason=reason)
         raise ApiError(401, f"{reason}; use 'Authorization: Bearer <token>'",
                        headers=b"WWW-Authenticate: Bearer\r\n")
