@@ -4606,7 +4606,9 @@ def render_metrics(samples: Mapping[str, Sequence[Sample]]) -> bytes:
         lines.append(f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n")
         for suffix in ("_sum", "_count") if kind == "summary" else ("",):
             for labels, value in samples.get(name + suffix, ()):
-                text = ",".join(f'{key}="{_escape(item)}"' for key, item in labels.items())
+                # Printable all of them: JSON escapes what Prometheus wants escaped, and no more.
+                text = ",".join(f"{key}={json.dumps(item, ensure_ascii=False)}"
+                                for key, item in labels.items())
                 lines.append(f"{name}{suffix}{'{' + text + '}' if text else ''} {value!r}\n")
     return "".join(lines).encode()
 
@@ -4627,10 +4629,6 @@ def all_samples(broker: Broker, answered: Mapping[Tuple[str, int], int]
         for metric, samples in queue_samples(name, queue.numbers()).items():
             found.setdefault(PREFIX + metric, []).extend(samples)
     return found
-
-
-def _escape(label: str) -> str:
-    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def queue_samples(name: str, numbers: Mapping[str, Any]) -> Dict[str, List[Sample]]:
