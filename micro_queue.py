@@ -6188,23 +6188,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(f"{arguments.config} is good")
             return 0
         return run(config)
-    except ConfigError as error:
-        print(f"micro_queue: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        advice = (f"settings.path: cannot use {error.filename}: {error.strerror}; user "
-                  f"{os.geteuid()} must own the queue folders and the files in them"
-                  if error.filename else str(error))
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            advice = f"{error.strerror}: raise their limit (ulimit -n, LimitNOFILE in systemd)"
-        print(f"micro_queue: {advice}", file=sys.stderr)
-        return 3
-    except (StorageError, CompactionFailed, ApiError) as error:
-        print(f"micro_queue: {error}", file=sys.stderr)
-        return 3
-    except LogFailed as error:
-        print(f"micro_queue: {error}", file=sys.stderr)
-        return 4
+    except (ConfigError, OSError, StorageError, CompactionFailed, ApiError, LogFailed) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            text = f"{error.strerror}: raise their limit (ulimit -n, LimitNOFILE in systemd)"
+        elif isinstance(error, OSError) and error.filename:
+            text = (f"settings.path: cannot use {error.filename}: {error.strerror}; user "
+                    f"{os.geteuid()} must own the queue folders and the files in them")
+        print(f"micro_queue: {text}", file=sys.stderr)
+        return 1 if isinstance(error, ConfigError) else 4 if isinstance(error, LogFailed) else 3
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
