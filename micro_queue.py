@@ -4951,10 +4951,6 @@ class Call(NamedTuple):
         assert self.route.subscriber is not None     # authorize saw to it
         return self.route.subscriber
 
-    @property
-    def lease(self) -> int:
-        return self.route.parameters["lease"]
-
     def number(self, parameter: str) -> int:
         """Return a parameter's value, 0 if it is not given."""
         return self.route.parameters.get(parameter, 0)
@@ -5093,17 +5089,17 @@ def render_delivery(queue: Queue, delivery: Optional[Delivery]) -> Answer:
 
 
 def ack(call: Call) -> Answer:
-    call.queue.ack(call.subscriber, call.lease)
+    call.queue.ack(call.subscriber, call.number("lease"))
     return Answer()
 
 
 def nack(call: Call) -> Answer:
-    call.queue.nack(call.subscriber, call.lease, call.number("delay"))
+    call.queue.nack(call.subscriber, call.number("lease"), call.number("delay"))
     return Answer()
 
 
 def extend(call: Call) -> Answer:
-    call.queue.extend(call.subscriber, call.lease, call.number("seconds"))
+    call.queue.extend(call.subscriber, call.number("lease"), call.number("seconds"))
     return Answer()
 
 
@@ -5379,8 +5375,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection, served a share of a round at a time. Of the base nothing is used but its
     place in the library: its methods wait for the client."""
 
-    _started = 0.0                           # when the request was read; only for its log line
-
     def __init__(self, request: socket.socket, client_address: Tuple[Any, ...],
                  poll: Poll) -> None:
         # Not the base's, which would serve the whole connection from here.
@@ -5406,6 +5400,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._begun = False                  # a request's first byte came, its answer did not go
         self._moved = 0                      # bytes of body or answer since `deadline` was set
         self._route: Optional[Route] = None  # of the request under way
+        self._started = 0.0                  # when that was read, for its log line
         self._body: Optional[Received[Any]] = None   # receives its body, or that of the last one
         self._unread = False                 # what nobody will read may still come
         self._held = 0                       # what the body counts in the budget
@@ -5595,8 +5590,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _begin(self, route: Route) -> None:
         """Call a request's action, or receive its body first. Raises ApiError."""
         request, self._route, self._unread = route.request, route, route.request.has_body
-        if self.poll.debug:
-            self._started = self.poll.now
+        self._started = self.poll.now
         if route.refusal:
             raise route.refusal
         if not self._unread:
