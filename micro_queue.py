@@ -5445,7 +5445,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             moved = self._receive_body() if self._body else self._next_request()
             if not moved and self.poll.share > 0 and not self._receive():
-                self._note_begun()
+                if self.state == READ and not (self._begun or self._body):
+                    self._await_next()
                 return
             if time.monotonic() > end:
                 break
@@ -5542,23 +5543,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._wait_for(self.poll.request_timeout)
         return True
 
-    def _note_begun(self) -> None:
-        """If a part of a request is here, the rest has to come in time from now on."""
-        if not self._begun and self.state == READ and self._has_part():
-            self._begun = True
-            self._wait_for(self.poll.request_timeout)
-
-    def _has_part(self) -> bool:
-        """Tell whether some of a request is here; an empty line before it is none of it."""
-        left = len(self._data) - self._at
-        return left > 2 or (left > 0 and self._data[self._at:] not in (b"\r", b"\r\n"))
-
     def _wait_for(self, timeout: int) -> None:
         self.deadline, self._moved = self.poll.now + timeout, 0
 
     def _await_next(self) -> None:
-        """Wait for the next request, a part of which may be here already."""
-        self._begun = self._has_part()
+        """Wait for the next request: if a part is here, the rest has to come in time from now on.
+        An empty line before it is none of it."""
+        left = len(self._data) - self._at
+        self._begun = left > 2 or (left > 0 and self._data[self._at:] not in (b"\r", b"\r\n"))
         self._wait_for(self.poll.request_timeout if self._begun else self.poll.idle_timeout)
 
     def _end_input(self) -> None:
