@@ -5683,15 +5683,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.poll.share <= 0:
                 yield
         trailers: List[bytes] = []
-        size = 0
-        while len(trailers) <= REQUEST_FIELDS and size <= REQUEST_HEAD_BYTES:
+        while len(trailers) <= REQUEST_FIELDS:
             line = yield from self._line()
             if not line:
                 break
             trailers.append(line)
-            size += len(line)
-        if size > REQUEST_HEAD_BYTES:
-            raise malformed(f"The trailers are longer than {REQUEST_HEAD_BYTES} bytes", 431)
+            if sum(map(len, trailers)) > REQUEST_HEAD_BYTES:
+                raise malformed(f"The trailers are longer than {REQUEST_HEAD_BYTES} bytes", 431)
         parse_fields(trailers)
         return body
 
@@ -5815,11 +5813,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if out:
             self._go_on_sending()
-        elif self.state == LATE and self._stream and not self._reading:
-            self._left_s, self._reading = self.deadline - self.poll.now, True
-            self.deadline = math.inf
-            self.poll.service.broker.read(self._stream.read, self.finish_with)
         elif self.state == LATE:
+            if self._stream and not self._reading:
+                self._left_s, self._reading = self.deadline - self.poll.now, True
+                self.poll.service.broker.read(self._stream.read, self.finish_with)
             self.deadline = math.inf
         elif self.state == WRITE and self._closing:
             self._end()
