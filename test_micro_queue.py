@@ -3832,9 +3832,9 @@ class MemoryTest(Folder):
     def test_a_take_that_finds_no_memory_for_its_lease_lets_go_of_the_budget(self):
         budget = mq.Budget(mq.MIB)
         queue = self.filled(b"x" * 2 * mq.UNCOUNTED_BYTES, budget=budget)
-        with unittest.mock.patch.object(mq.Consumers, "add_lease", side_effect=MemoryError):
-            with self.assertRaises(MemoryError):
-                queue.take(wish=mq.Wish(lease_s=1))
+        patch = unittest.mock.patch.object(mq.Consumers, "add_lease", side_effect=MemoryError)
+        with patch, self.assertRaises(MemoryError):
+            queue.take(wish=mq.Wish(lease_s=1))
         self.assertEqual((budget.held, counts(queue)), (0, (1, 0, 0)))
 
     def test_a_put(self):
