@@ -1272,18 +1272,18 @@ class Log:
         """Remove the file of a forgotten segment, a part at a time: freeing much space at once
         keeps a file system from everybody else."""
         path = self.file(segment.name)
-        if segment.is_unreadable:
-            self._keep_unreadable(segment)
-        else:
-            try:
-                while segment.room > FIRST and not segment.users:
-                    segment.room = max(FIRST, segment.room - TRUNCATE_BYTES)
-                    self.storage.truncate(segment.fd, segment.room)
-                    yield FREE_REST_S
-                if segment.number and self._leads_to(path, segment.fd):
-                    self.storage.unlink(path)
-            except OSError as error:         # the next start removes it
-                event(logging.WARNING, "segment_not_removed", file=path, error=error.strerror)
+        try:
+            if segment.is_unreadable:
+                self._keep_unreadable(segment)
+            while not segment.is_unreadable and segment.room > FIRST and not segment.users:
+                segment.room = max(FIRST, segment.room - TRUNCATE_BYTES)
+                self.storage.truncate(segment.fd, segment.room)
+                yield FREE_REST_S
+            if (segment.number and not segment.is_unreadable
+                    and self._leads_to(path, segment.fd)):
+                self.storage.unlink(path)
+        except OSError as error:             # the next start removes it
+            event(logging.WARNING, "segment_not_removed", file=path, error=error.strerror)
         if segment.number:
             self.release(segment, 0)
 

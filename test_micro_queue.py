@@ -1583,6 +1583,23 @@ class UnreadableTest(Folder):
         queue.put([b"more"])
         self.assertEqual(payloads(queue), [b"more"])
 
+    def test_a_segment_that_cannot_be_kept_either_keeps_upkeep_from_nothing(self):
+        def rename(_, target):
+            if "unreadable" in target:
+                raise OSError(errno.EIO, "broken")
+
+        queue, _ = self.messages(3)
+        drain(queue)
+        compact(queue)                       # goes on in another segment each time
+        queue.put([b"x" * 3000])
+        drain(queue)
+        number = queue.log.current.number
+        queue.log.segments[number].is_unreadable = True
+        self.storage.before["rename"] = rename
+        compact(queue)
+        self.assertNotIn(number, queue.log.segments)
+        self.assertIn(f"data.{number}.log", os.listdir(self.folder()))
+
     def test_it_ends_no_start_either(self):
         queue, several = self.messages(20)
         for _ in range(2):
