@@ -5459,7 +5459,7 @@ class CrashStateTest(Folder):
                 self.assertGreater(self.tried, WANTED / 10)
 
     def test_no_power_cut_after_a_random_run_does_either(self):
-        for run in range(500 if TORTURE else 6):
+        for run in range(100 if TORTURE else 6):
             with self.subTest(run=run):
                 self.kind = ROOM_OR_NOT[run % 2]
                 self.assertIsNone(self.faults_of(self.random_run, 3000 if TORTURE else WANTED))
