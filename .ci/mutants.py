@@ -55,9 +55,14 @@ MUTANTS = [
         "RecordTest.test_every_flipped_bit_is_seen",
         "RecoveryTest.test_every_flipped_byte_costs_only_the_record_it_hit")),
     Mutant("a line of the marks whose crc is not looked at", (
-        ('return text if crc == b"%d]\\n" % zlib.crc32(text, self._seed) else None',
-         "return text if crc else None"),), (
-        "RecordTest.test_no_line_of_the_marks_is_read_that_is_damaged_or_another_logs",)),
+        ('if found != b"%d]\\n" % crc:', "if not found:"),), (
+        "RecordTest.test_no_line_of_the_marks_is_read_that_is_damaged_or_elsewhere",)),
+    Mutant("a line of the marks that may stand anywhere", (
+        ("self.crc = zlib.crc32(text, self.crc)", "self.crc = self.crc"),
+        ('return b"%b,%d]\\n" % (text, self.crc)',
+         'return b"%b,%d]\\n" % (text, zlib.crc32(text, self.crc))'),
+        ("        self.crc = crc\n        return text", "        return text")), (
+        "RecordTest.test_no_line_of_the_marks_is_read_that_is_damaged_or_elsewhere",)),
     Mutant("a put that does not wait for its sync", (
         ("if marks or self.durable < number:", "if marks or self.durable < 0:"),
         ("(number is None or number > self.durable)", "number is None")), (
