@@ -1266,7 +1266,7 @@ class Log:
         longer does: it is to be removed again."""
         first = self.segments.get(0)
         is_due = first and first.start is None and first.room > FIRST and not first.users
-        return [first] if first and is_due else []
+        return [first] if first and is_due and not first.is_unreadable else []
 
     def remove(self, segment: Segment) -> Steps[None]:
         """Remove the file of a forgotten segment, a part at a time: freeing much space at once

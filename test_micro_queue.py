@@ -1653,6 +1653,19 @@ class UnreadableTest(Folder):
             self.assertEqual(len(kept), 1)
             self.assertIn(b"b" * 900, kept[0])
 
+    def test_a_first_segment_that_cannot_be_read_is_reported_once(self):
+        with small_segments():
+            queue = self.messages(2)[0]
+            upkeep(queue)
+            queue.put([b"more"])
+            self.bad.add(("data.log", 1))
+            self.assertEqual(payloads(queue)[-1], b"more")
+            with unittest.mock.patch.object(mq, "event") as event:
+                for _ in range(3):
+                    upkeep(queue)
+            self.assertEqual([call.args[1] for call in event.call_args_list],
+                             ["unreadable_segment_kept"])
+
     def test_any_other_error_is_the_end(self):
         for failure in (errno.ESTALE, errno.EBADF):
             queue = self.messages(1)[0]
