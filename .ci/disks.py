@@ -751,11 +751,11 @@ def memory(part: "Part") -> None:
                 if any(answer.status not in (200, 404, 500, 503) for answer in answers):
                     raise Fault(f"without memory the answers were {answers}")
 
-        for _ in range(3 * part.cycles):
+        for cycle in range(3 * part.cycles):
             scene.put_some(5)
             with open(f"/proc/{scene.server.pid}/statm", encoding="ascii") as file:
                 used = int(file.read().split()[0]) * resource.getpagesize()
-            limit = used + rng.randrange(4, 28) * MIB
+            limit = used + (rng.randrange(4, 28) if cycle else 1) * MIB      # the first bites
             resource.prlimit(scene.server.pid, resource.RLIMIT_AS, (limit, limit))
             together(*[lambda number=number: work(number)  # type: ignore[misc]
                        for number in range(PRODUCERS)])
