@@ -466,6 +466,11 @@ class Start(NamedTuple):
     puts: int = 0
     put_bytes: int = 0
 
+    def behind(self, message: Message) -> Start:
+        """Return what a segment would begin with behind a message that was put."""
+        plain = not message.delay_ms
+        return Start(message.id + 1, self.puts + plain, self.put_bytes + plain * message.size)
+
 
 UNKNOWN = Start(0, -1, -1)       # of a segment whose first record is damaged
 
@@ -1179,8 +1184,10 @@ class Log:
         return sum([s.end for s in list(self.segments.values())]) + self.marks_tail
 
     def make_ready(self) -> None:
-        """Make the next segment, so that a rotation costs no time; durable on return, but not
-        yet used. Raises DiskFull, and OSError for want of a descriptor."""
+        """Make the next segment if there is none, so that a rotation costs no time; durable on
+        return, but not yet used. Raises DiskFull, and OSError for want of a descriptor."""
+        if self.ready:
+            return
         number = self.highest + 1
         while True:
             path = self.file(f"data.{number}.log")
@@ -1490,7 +1497,7 @@ class Log:
         self.marks_tail = seen
         if head is not None and len(pages) < head["pages"]:
             head = None
-        if self.marks_fd >= 0 and not LegacyLog.is_meta(self.file(META_NAME)):
+        if self.marks_fd >= 0:
             self._save_rest_of_marks(seen if head else 0, head is None)
         for offset in [mark.tail for mark in marks] + ([head["tail"]] if head else []):
             self.highest = max(self.highest, offset >> SEGMENT_SHIFT)
@@ -1500,11 +1507,12 @@ class Log:
         return head, pages, marks
 
     def _save_rest_of_marks(self, at: int, is_whole: bool) -> None:
-        """Keep what could not be understood of the marks, unless it is zeros."""
+        """Keep what could not be understood of the marks, unless it is zeros, or the Go server's,
+        which is kept already."""
         rest = b""
         with contextlib.suppress(OSError):
             rest = self._read_all(self.marks_fd, MARKS_BYTES, at)
-        if rest.strip(b"\0"):
+        if rest.strip(b"\0") and not LegacyLog.is_meta(rest):
             if is_whole:
                 self.corrupt_records += 1
             event(logging.WARNING, "torn_marks", file=self.file(META_NAME), offset=at,
@@ -1714,8 +1722,9 @@ class Log:
     def missing_files(self) -> List[str]:
         """Return the names that no longer lead to this log's files. Raises LogFailed if another
         file stands there: its owner goes on, we cannot."""
+        ready = self.ready                   # a rotation may take it meanwhile
         files = [(segment.name, segment.fd) for segment in [*self.segments.values()]
-                 + ([self.ready] if self.ready else [])]
+                 + ([ready] if ready else [])]
         missing = []
         for name, fd in [*files, (META_NAME, self.marks_fd)]:
             if fd >= 0 and not self._leads_to(self.file(name), fd):
@@ -1816,20 +1825,20 @@ class LegacyLog:
         return os.path.exists(path + ".legacy") and os.path.samefile(path, path + ".legacy")
 
     @staticmethod
-    def is_meta(path: str) -> bool:
-        """Tell whether a file is the Go server's `meta.json`."""
+    def is_meta(data: bytes) -> bool:
+        """Tell whether these are the bytes of the Go server's `meta.json`."""
         try:
-            with open(path + ".legacy" if os.path.exists(path + ".legacy") else path, "rb") as file:
-                value = json.loads(file.read(KIB))
-            return isinstance(value, dict) and {"head_offset", "tail_offset"} <= value.keys()
-        except (OSError, ValueError, RecursionError):
+            value = json.loads(data)
+        except (ValueError, RecursionError):
             return False
+        return isinstance(value, dict) and {"head_offset", "tail_offset"} <= value.keys()
 
     def is_proven(self) -> bool:
         """Tell whether this is the Go server's: by its meta.json, or by lengths that lead from
         message to message up to the end, where the last one may be cut short."""
-        if self.is_meta(self._log.file(META_NAME)):
-            return True
+        with contextlib.suppress(OSError), open(self._meta, "rb") as file:
+            if self.is_meta(file.read(KIB)):
+                return True
         at = found = 0
         while at < self._size:
             length = self._length(at)
@@ -2204,21 +2213,17 @@ class Subscription:
         self.entries.add(run)
         self._pass(*run)
 
-    def advance(self, last: int, drop_from: int, limit: int = 1 << 62) -> int:
+    def advance(self, last: int, drop_from: int) -> None:
         """Move the cursor over what was put up to `last`: what is below `drop_from` becomes an
-        entry. Return how many messages that were."""
-        seen = 0
-        while seen < limit:
-            message = self.at_cursor()
-            if message is None or message.id > last:
-                break
+        entry."""
+        message = self.at_cursor()
+        while message and message.id <= last:
             if message.id < drop_from:
                 self.take_in(message)
             else:
                 self._pass(message)
                 self._state.let_go([(message.id, message.offset, 0, message.size, 0)], self)
-            seen += 1
-        return seen
+            message = self.at_cursor()
 
     # -- what the marks say
 
@@ -2358,11 +2363,9 @@ class State:
         id_, is_new = message.id, message.id >= self.next_id
         self.time_ms = max(self.time_ms, message.time_ms)
         if is_new:
-            plain = not message.delay_ms
-            self.start = Start(id_ + 1, self.start.puts + plain,
-                               self.start.put_bytes + plain * message.size)
+            self.start = self.start.behind(message)
             self.hold(1, message.size, message.offset)
-            if plain:
+            if not message.delay_ms:
                 return
         moved = None
         for subscription in self.subscriptions.values():
@@ -2500,9 +2503,7 @@ class State:
             messages, after = self.log.read(position, end, LOG_CHUNK_BYTES)
             for message in messages:
                 if message.id >= start.next_id:          # put here, no copy
-                    plain = not message.delay_ms
-                    start = Start(message.id + 1, start.puts + plain,
-                                  start.put_bytes + plain * message.size)
+                    start = start.behind(message)
             if after == position or after >> SEGMENT_SHIFT != segment.number:
                 return start
             position = after
@@ -4039,10 +4040,12 @@ class Queue:
             yield from self.snapshot()
         yield from self._put_back_files()
         yield from self._free_dead_segments()
-        number, before = self._emptiest(), -1
-        while number not in (None, before) and (yield from self._clean(number or 0)):
+        before = -1
+        for number in iter(self._emptiest, None):
+            if number == before or not (yield from self._clean(number)):
+                break
             yield from self._free_dead_segments()
-            number, before = self._emptiest(), number or 0
+            before = number
         yield from self._free_dead_segments()
         if self.owed:                        # what was freed may be enough
             yield from self.snapshot()
@@ -4070,9 +4073,8 @@ class Queue:
     def _seal(self) -> bool:
         """Go on in a new segment; return whether there was space for one."""
         current = self.log.current
-        with contextlib.suppress(DiskFull, OSError):
-            if self.log.ready is None:
-                self.log.make_ready()
+        with contextlib.suppress(DiskFull, StorageError, OSError):
+            self.log.make_ready()
         with self.lock:                      # a put may have done it meanwhile
             return (self.log.current is not current
                     or self.log.rotate(self.state.start, self.now_ms()))
@@ -4085,7 +4087,8 @@ class Queue:
         return segment.end - EMPTY_BYTES - self.state.live.get(segment.number, 0)
 
     def _emptiest(self) -> Optional[int]:
-        """Return the segment to be cleaned next, None if that would not be worth it."""
+        """Return the segment to be cleaned next, None if that would not be worth it. Where it is
+        the current one, that is sealed."""
         is_low = self.owed > 0 or self.space.is_low()
         with self.lock:
             sealed = self._sealed()
@@ -4245,7 +4248,6 @@ class Job(NamedTuple):
     """Steps that upkeep does for a queue. `done` is called once, with what went wrong, if
     anything did."""
 
-    queue: Queue
     steps: Steps[object]
     done: Callable[[Optional[Exception]], None] = lambda _: None
 
@@ -4381,7 +4383,7 @@ class Broker:
            done: Callable[[Optional[Exception]], None] = lambda _: None) -> None:
         """Have upkeep do steps for a queue, behind those that it does already."""
         with self._jobs_lock:
-            self._jobs.setdefault(queue.config.name, []).append(Job(queue, steps, done))
+            self._jobs.setdefault(queue.config.name, []).append(Job(steps, done))
         self._called.set()
 
     def compact(self, queue: Queue, done: Callable[[Optional[Exception]], None]) -> None:
@@ -4395,7 +4397,7 @@ class Broker:
 
         def tell(error: Optional[Exception]) -> None:
             with self._jobs_lock:
-                waiting = self._compacting.pop(name)
+                waiting = self._compacting.pop(name, [])
             for done in waiting:
                 done(error)
         self.do(queue, queue.compact(), tell)
