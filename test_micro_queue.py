@@ -1735,6 +1735,15 @@ class LegacyTest(Folder):
         self.assertLessEqual({"data.log.legacy", "meta.json.legacy", "data.1.log"}, set(modes))
         self.assertEqual(set(modes.values()), {0o600}, modes)
 
+    def test_damage_to_the_marks_is_told_behind_a_takeover_too(self):
+        data = self.go_log(b"one", b"two")
+        self.assertEqual(self.take_over(data, (11, len(data))), [b"two"])
+        self.assertFalse([name for name in os.listdir(self.folder()) if "corrupt" in name])
+        self.put_meta("no marks of ours")
+        queue = self.open()
+        self.assertEqual(queue.log.corrupt_records, 1)
+        self.assertTrue([name for name in os.listdir(self.folder()) if "corrupt" in name])
+
     def test_every_cut_and_every_head(self):
         items = [b"one", b"", b"two2", b"three"]
         data = self.go_log(*items)
