@@ -524,19 +524,19 @@ class Codec:
             position += size
         return b"".join(parts), messages
 
-    def encode_start(self, start: Start, number: int, time_ms: int) -> bytes:
+    def encode_start(self, start: Start, number: int) -> bytes:
         payload = START_PAYLOAD.pack(start.puts, start.put_bytes)
-        return self.encode([(start.next_id, time_ms, 0, payload)],
+        return self.encode([(start.next_id, 0, 0, payload)],
                            number << SEGMENT_SHIFT | FIRST, START)[0]
 
-    def decode_start(self, data: bytes, number: int) -> Optional[Tuple[Start, int]]:
-        """Return the start record that `data`, which stands at FIRST, begins with, and its time."""
+    def decode_start(self, data: bytes, number: int) -> Optional[Start]:
+        """Return the start record that `data`, which stands at FIRST, begins with."""
         data = data[:HEAD.size + START_PAYLOAD.size]
         found: List[Message] = []
         self.decode(data, number << SEGMENT_SHIFT | FIRST, found, START)
         if not found or len(found[0].payload) != START_PAYLOAD.size:
             return None
-        return Start(found[0].id, *START_PAYLOAD.unpack(found[0].payload)), found[0].time_ms
+        return Start(found[0].id, *START_PAYLOAD.unpack(found[0].payload))
 
     def size_of(self, data: bytes) -> int:
         """Return the size of the record that seems to start `data`, 0 if none does."""
@@ -775,6 +775,7 @@ class Log:
         self.syncs, self.sync_seconds = 0, 0.0
         self.marks_fd, self.marks_tail = -1, 0
         self._marks_synced = 0
+        self._copied_to = 0                  # of the marks, for a new file under way
         self.snapshot_bytes = 0              # how much of the marks is the snapshot
         self._folder_fd = -1                 # after a rename that no sync of the folder followed
         self._has_room = False               # whether files get room ahead of their tail
@@ -932,7 +933,7 @@ class Log:
         """Write the header of a new file, and its first record, durably."""
         data = self.codec.header(segment.number)
         if start:
-            data += self.codec.encode_start(start, segment.number, 0)
+            data += self.codec.encode_start(start, segment.number)
         self.storage.write_all(segment.fd, data, 0)
         os.fchmod(segment.fd, 0o600)
         self.storage.fdatasync(segment.fd)
@@ -943,12 +944,12 @@ class Log:
         """Find out what a segment begins with; how far it goes is told by reading it."""
         first = self.read_raw(segment, FIRST + HEAD.size + START_PAYLOAD.size, 0)
         segment.room = os.fstat(segment.fd).st_size
-        found = self.codec.decode_start(first[FIRST:], segment.number)
-        segment.start = found[0] if found else None
+        segment.start = self.codec.decode_start(first[FIRST:], segment.number)
         segment.end = max(FIRST, segment.room)
-        if Codec.of_header(first, segment.number) is None and (found or segment.number == 0):
+        is_used = segment.start is not None or segment.number == 0
+        if is_used and Codec.of_header(first, segment.number) is None:
             self.set_aside(segment, 0, min(FIRST, segment.room))
-        if not found:
+        if segment.start is None:
             self._guess_start(segment)
 
     def _guess_start(self, segment: Segment) -> None:
@@ -964,7 +965,7 @@ class Log:
         segment.start = start
         if not segment.is_unreadable:
             data = self.codec.header(segment.number)
-            data += self.codec.encode_start(start, segment.number, 0)
+            data += self.codec.encode_start(start, segment.number)
             self.storage.write_all(segment.fd, data, 0)
             self.storage.fdatasync(segment.fd)
 
@@ -1225,13 +1226,13 @@ class Log:
         if error.errno in NO_SPACE:
             raise DiskFull from None
 
-    def rotate(self, start: Start, time_ms: int = 0) -> bool:
+    def rotate(self, start: Start) -> bool:
         """Go on in the segment that is ready, whose first record tells where it begins. Return
         whether there is one, and space for that record."""
         segment, old = self.ready, self.current
         if segment is None:
             return False
-        data = self.codec.encode_start(start, segment.number, time_ms)
+        data = self.codec.encode_start(start, segment.number)
         try:
             self._write(segment, data)
         except DiskFull:
@@ -1574,15 +1575,15 @@ class Log:
 
     def _copy_marks(self, marks: Marks, fd: int, end: int, since: int) -> int:
         """Copy what was marked since; return where the copy ends. Notes where to go on."""
-        self._copied = since
-        while self.marks_fd >= 0 and self._copied < self.marks_tail:
-            size = min(LOG_CHUNK_BYTES, self.marks_tail - self._copied)
-            data = self._read_all(self.marks_fd, size, self._copied)
+        self._copied_to = since
+        while self.marks_fd >= 0 and self._copied_to < self.marks_tail:
+            size = min(LOG_CHUNK_BYTES, self.marks_tail - self._copied_to)
+            data = self._read_all(self.marks_fd, size, self._copied_to)
             lines = data[:data.rfind(b"\n") + 1].splitlines(keepends=True)
             copy = b"".join([marks.line(line.rpartition(b",")[0]) for line in lines])
             self.storage.write_all(fd, copy, end)
             end += len(copy)
-            self._copied += sum(map(len, lines))
+            self._copied_to += sum(map(len, lines))
         return end
 
     def _switch_marks(self, marks: Marks, fd: int, folder_fd: int, path: str, end: int,
@@ -1592,11 +1593,11 @@ class Log:
         with self._one_sync:
             if self.failure:
                 raise self.failure
-            end = self._copy_marks(marks, fd, end, self._copied)     # may be synced there
+            end = self._copy_marks(marks, fd, end, self._copied_to)     # perhaps synced
             self.storage.fdatasync(fd)
             synced = end
             with lock:
-                end = self._copy_marks(marks, fd, end, self._copied)
+                end = self._copy_marks(marks, fd, end, self._copied_to)
                 self.prove_lock()
                 self.storage.rename(path, self.file(META_NAME))
                 olds = self.marks_fd, self._folder_fd
@@ -3316,7 +3317,7 @@ class Queue:
         try:
             self.log.append(items, apply)
         except DiskFull:                     # the file alone may be: of its largest size (EFBIG)
-            if not self.log.rotate(self.state.start, now_ms):
+            if not self.log.rotate(self.state.start):
                 raise
             self.log.append(items, apply)
         if self.config.ttl and self._expiry_ms == NEVER:
@@ -3336,7 +3337,7 @@ class Queue:
             if end >= READY_BYTES and not self._is_unready:      # sooner than in a second
                 self._call_upkeep()
         elif end >= SEGMENT_BYTES and end >= self._segment_bytes():
-            self.log.rotate(self.state.start, self.now_ms())
+            self.log.rotate(self.state.start)
 
     def _segment_bytes(self) -> int:
         return min(SEGMENT_MOST_BYTES, max(SEGMENT_BYTES, self.state.held_bytes // 32))
@@ -4076,8 +4077,7 @@ class Queue:
         with contextlib.suppress(DiskFull, StorageError, OSError):
             self.log.make_ready()
         with self.lock:                      # a put may have done it meanwhile
-            return (self.log.current is not current
-                    or self.log.rotate(self.state.start, self.now_ms()))
+            return self.log.current is not current or self.log.rotate(self.state.start)
 
     def _sealed(self) -> List[Segment]:
         return [s for s in list(self.log.segments.values())

@@ -91,7 +91,7 @@ MUTANTS = [
         ("self.owed -= owed", "self.owed = 0"),), (
         "AppendTest.test_only_a_snapshot_frozen_after_the_miss_pays_for_it",)),
     Mutant("a snapshot that forgets what was marked meanwhile", (
-        ("while self.marks_fd >= 0 and self._copied < self.marks_tail:", "while False:"),), (
+        ("while self.marks_fd >= 0 and self._copied_to < self.marks_tail:", "while False:"),), (
         "AppendTest.test_what_was_marked_while_a_snapshot_was_written_is_in_it",)),
     Mutant("a frozen page that changes", (
         ("        self._ours.clear()\n        return dict(self._pages)",

@@ -258,7 +258,7 @@ def until_copied(queue: Any, steps: Iterator[Any]) -> None:
 
 # ---- The stories --------------------------------------------------------------------------
 
-@case("a1", ("while self.marks_fd >= 0 and self._copied < self.marks_tail:", "while False:"))
+@case("a1", ("while self.marks_fd >= 0 and self._copied_to < self.marks_tail:", "while False:"))
 def settled_beside_a_snapshot(run: Run) -> None:
     """While a snapshot is being written messages are settled, and the marks are synced. They are
     the old ones: unless their lines go along, a cut behind the rename brings messages back."""
@@ -276,10 +276,10 @@ def settled_beside_a_snapshot(run: Run) -> None:
 
 
 case("a2",
-     ("            end = self._copy_marks(marks, fd, end, self._copied)     # may be synced there"
+     ("            end = self._copy_marks(marks, fd, end, self._copied_to)     # perhaps synced"
       "\n            self.storage.fdatasync(fd)\n",
       "            self.storage.fdatasync(fd)\n"
-      "            end = self._copy_marks(marks, fd, end, self._copied)\n"))(
+      "            end = self._copy_marks(marks, fd, end, self._copied_to)\n"))(
           settled_beside_a_snapshot)
 
 
