@@ -20,7 +20,7 @@ once; progress in marks, `meta.json`. Space comes back by deleting a segment tha
 
     segment = header start message*           (big-endian, see HEADER and HEAD)
     header  = magic version log_id number marker crc32
-    start   = next id, and how many messages and bytes were put before this segment
+    start   = next id, and how many messages without a delay, and bytes, were put before
     message = marker crc32 type id time delay length payload
     marks   = snapshot page* mark*            (JSON arrays, one a line, each with its crc32)
     mark    = s, settled: a run of ids, of a subscriber
@@ -4168,6 +4168,7 @@ class Queue:
                 for id_, offset, *_ in list(consumers.entries):      # whose bytes went bad
                     if offset >> SEGMENT_SHIFT == number:
                         self._message_locked(consumers, id_)
+            self.compactions_total += 1
         return True
 
     def _copy_locked(self, number: int, messages: Sequence[Message]) -> bool:
@@ -4587,7 +4588,7 @@ METRICS: Sequence[Tuple[str, str, str]] = (
     (PREFIX + "messages_dead_lettered_total", "counter",
      "Messages moved to the dead-letter queue, or dropped after max_deliveries for lack of one"),
     (PREFIX + "corrupt_records_total", "counter", "Damaged places found in a queue's log"),
-    (PREFIX + "compactions_total", "counter", "Times that a queue was compacted"),
+    (PREFIX + "compactions_total", "counter", "Calls of /compact, and segments that were cleaned"),
     (PREFIX + "http_requests_total", "counter", "Answered requests"),
     (PREFIX + "fsync_duration_seconds", "summary", "Time that fdatasync took"),
     (PREFIX + "active", "gauge", "1 while this node serves its queues"),

@@ -3572,6 +3572,15 @@ class CompactionTest(Folder):
         compact(queue)
         self.assertGreater(self.crash().put([b"d"]), 3)
 
+    def test_calls_and_cleaned_segments_are_counted(self):
+        queue = self.filled(b"kept", *[b"x"] * 20)
+        queue.take(wish=mq.Wish(lease_s=60))
+        drain(queue)
+        compact(queue)                       # cleans the one that holds what is leased
+        self.assertEqual(queue.numbers()["compactions_total"], 2)
+        compact(queue)
+        self.assertEqual(queue.numbers()["compactions_total"], 3)
+
     def test_a_queue_that_holds_nothing_becomes_small(self):
         queue = self.filled(*[b"x" * 100] * 200)
         drain(queue)
