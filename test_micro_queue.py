@@ -7819,7 +7819,7 @@ class ProcessTest(Processes):
     def test_exit_codes_and_one_line_for_each_mistake(self):
         path = os.path.join(self.base, "config.json")
         with open(path, "w") as file:
-            json.dump(example_config(path=self.folder("data")), file)
+            json.dump(example_config(path=self.folder("data"), listen_port=0), file)
         self.assertEqual(self.run_main("-c", path, "--check")[0], 0)
         self.assertEqual(self.run_main("--version")[0], 0)
         self.assertEqual(self.run_main()[0], 2)
