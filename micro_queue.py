@@ -4092,18 +4092,19 @@ class Queue:
         is_low = self.owed > 0 or self.space.is_low()
         with self.lock:
             sealed = self._sealed()
-            dead = sum(map(self._dead_bytes, sealed)) + self._dead_bytes(self.log.current)
-            if is_low and self._dead_bytes(self.log.current) >= DEAD_LOW_BYTES:
-                sealed = [*sealed, self.log.current] if self.log.ready else sealed
+            current, dead = self.log.current, sum(map(self._dead_bytes, self.log.segments.values()))
+            is_full = current.end >= self._segment_bytes()   # for what is held now; no put comes
+            if is_full or (is_low and self._dead_bytes(current) >= DEAD_LOW_BYTES):
+                sealed = [*sealed, current] if self.log.ready else sealed
             most = DEAD_LOW_BYTES if is_low else self.state.held_bytes + DEAD_BYTES
             if dead <= most and len(sealed) <= SEGMENTS_MOST:
                 return None
             cursor = min(s.cursor for s in self.state.subscriptions.values())
-            passed = [s for s in sealed if s.base | s.end <= cursor or s is self.log.current]
+            passed = [s for s in sealed if s.base | s.end <= cursor or s is current]
             best = min(passed, key=lambda s: -self._dead_bytes(s) / s.end, default=None)
             if best is None or self._dead_bytes(best) * 2 < best.end - EMPTY_BYTES:
                 return None
-        if best is self.log.current and not self._seal():
+        if best is current and not self._seal():
             return None
         return best.number
 

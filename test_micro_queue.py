@@ -3572,6 +3572,14 @@ class CompactionTest(Folder):
         compact(queue)
         self.assertGreater(self.crash().put([b"d"]), 3)
 
+    def test_a_segment_that_was_large_for_much_goes_when_little_is_left_and_no_put_comes(self):
+        queue = self.filled(*[b"x" * 100] * 200)
+        drain(queue)
+        queue.prepare()
+        with small_segments():               # as if what is held had allowed for more before
+            upkeep(queue)
+        self.assertLess(queue.log.size, 2000)
+
     def test_calls_and_cleaned_segments_are_counted(self):
         queue = self.filled(b"kept", *[b"x"] * 20)
         queue.take(wish=mq.Wish(lease_s=60))
