@@ -80,7 +80,7 @@ import time
 import zlib
 from typing import (Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List,
                     Mapping, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type,
-                    TypeVar, Union)
+                    TypeVar, Union, cast)
 
 if __name__ == "__main__":
     # http.server imports http.client, and that ssl, if there is one: 1.2 MiB that serve nobody.
@@ -189,6 +189,10 @@ class ApiError(Exception):
         self.headers = headers + retry
 
 
+def no_memory() -> ApiError:
+    return ApiError(503, "There is no memory for this now; try again later")
+
+
 # ---- Config -------------------------------------------------------------------------------
 # JSON to frozen, validated values. A field's check is declared where the field is; one
 # function walks them all, so that every refusal names its JSON path.
@@ -197,6 +201,7 @@ FIFO = ""                        # the one subscriber of a fifo queue
 QUEUE_NAME = re.compile(r"[-a-zA-Z0-9]{1,50}")
 TWICE = object()                 # the value of a JSON key that came twice
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Check(NamedTuple):
@@ -752,11 +757,12 @@ class Log:
        any segment but `current`: what is not current is never written again.
     2. `appends` and `durable` count appends and only grow; `durable <= appends`.
     3. Only what `_one_sync` is held for syncs a file; a descriptor is closed by its last user.
-    4. Once `failure` is set nothing is written, synced or answered any more.
+    4. Once `failure` is set nothing is written, synced or answered any more. `on_failure` is
+       called by whichever thread meets it first; it does not return in a server.
     """
 
-    def __init__(self, folder: str, fsync: str = "always",
-                 storage: Optional[Storage] = None) -> None:
+    def __init__(self, folder: str, fsync: str = "always", storage: Optional[Storage] = None,
+                 on_failure: Callable[[LogFailed], None] = lambda _: None) -> None:
         self.folder, self.path = folder, os.path.join(folder, LOG_NAME)
         self.storage = storage or Storage()
         self.fsync = fsync
@@ -770,6 +776,7 @@ class Log:
         self.appends = 0
         self.durable = 0
         self.failure: Optional[LogFailed] = None
+        self._on_failure = on_failure
         self.damaged: Set[int] = set()       # offsets that were reported
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
@@ -783,7 +790,7 @@ class Log:
         self._commit = threading.Lock()      # guards what follows, `durable` and users
         self._dirty: Dict[int, Segment] = {}
         self._leading = False                # somebody syncs for those who wait
-        self._followers: List[Tuple[int, bool, Callable[[Optional[LogFailed]], None]]] = []
+        self._followers: List[Tuple[int, bool, Callable[[], None]]] = []
 
     # -- opening
 
@@ -1321,13 +1328,16 @@ class Log:
                apply: Callable[[Sequence[Message]], None] = lambda _: None) -> None:
         """Write messages at the tail with one write, then apply them.
 
-        Not durable on return. Raises DiskFull, the log being as before; LogFailed when it is not
-        known to be, or when memory no longer agrees with it.
+        Not durable on return. Raises DiskFull, or ApiError 503 for want of memory, the log being
+        as before; LogFailed when it is not known to be, or when memory no longer agrees with it.
         """
         if self.failure:
             raise self.failure
         segment = self.current
-        data, messages = self.codec.encode(items, segment.base | segment.end)
+        try:
+            data, messages = self.codec.encode(items, segment.base | segment.end)
+        except MemoryError:
+            raise no_memory() from None
         if segment.end + len(data) > POSITION_MASK:
             raise DiskFull
         if segment.end + len(data) > segment.room and self._has_room:
@@ -1338,13 +1348,6 @@ class Log:
                 self._dirty[segment.number] = segment
                 self.appends += 1            # invariant 2: after its write ended
             apply(messages)
-        except BaseException as error:
-            self.give_up(error)
-
-    def guard(self, apply: Callable[[], None]) -> None:
-        """Have something applied; if that fails, memory no longer agrees with the log."""
-        try:
-            apply()
         except BaseException as error:
             self.give_up(error)
 
@@ -1395,14 +1398,12 @@ class Log:
             self._give_back(segment)
 
     def _fail(self, doing: str, error: BaseException) -> NoReturn:
-        """Poison the log (invariant 4): every waiter and later call raises LogFailed."""
+        """Poison the log (invariant 4): this and every later call raises LogFailed."""
         reason = getattr(error, "strerror", None) or repr(error)
         failure = LogFailed(f"cannot {doing} {self.folder}: {reason}")
-        with self._commit:
-            self.failure = self.failure or failure
-            followers, self._followers = self._followers, []
-        for _, _, call in followers:
-            call(self.failure)
+        if not self.failure:
+            self.failure = failure
+            self._on_failure(failure)
         raise failure from error
 
     # -- marks
@@ -1621,13 +1622,13 @@ class Log:
 
     # -- durability
 
-    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None], *,
+    def when_durable(self, number: int, call: Callable[[], None], *,
                      marks: bool = False) -> bool:
-        """Have `call(None)` made once append `number`, and with `marks` all that was marked so
-        far, is as durable as `fsync` asks for.
+        """Have `call` made once append `number`, and with `marks` all that was marked so far, is
+        as durable as `fsync` asks for.
 
-        Does not block; `call` is made at once, or by whoever syncs, with the failure if that
-        fails. Returns whether it is the caller's turn to have `lead` called.
+        Does not block; `call` is made at once, or by whoever syncs. Returns whether it is the
+        caller's turn to have `lead` called.
         """
         if self.fsync == "always" or (marks and self.fsync == "everysec"):
             with self._commit:
@@ -1637,7 +1638,7 @@ class Log:
                     self._followers.append((number, marks, call))
                     turn, self._leading = not self._leading, True
                     return turn
-        call(None)
+        call()
         return False
 
     def lead(self) -> None:
@@ -1659,7 +1660,7 @@ class Log:
             self._leading = more = bool(self._followers) and self.current.fd >= 0
         try:
             for _, _, call in ready:
-                call(None)
+                call()
         except BaseException as error:       # those behind it would wait for ever
             self.give_up(error)
         return more
@@ -2055,19 +2056,6 @@ class Entries:
         number = min(filter(self._pages.get, self._pages), default=None)
         return None if number is None else min(self._pages[number])
 
-    def next_id(self, after: int) -> int:
-        """Return the lowest id above `after`, NEVER without any."""
-        for number in sorted(n for n in self._pages if n >= after >> PAGE_SHIFT):
-            higher = [id_ for id_ in self._pages[number] if id_ > after]
-            if higher:
-                return min(higher)
-        return NEVER
-
-    def ids(self) -> Iterator[int]:
-        """Yield all ids in order; nothing may change meanwhile."""
-        for number in sorted(self._pages):
-            yield from sorted(self._pages[number])
-
     def freeze(self) -> Dict[int, Page]:
         """Return the pages as they are now; they never change from here on."""
         self._ours.clear()
@@ -2121,7 +2109,8 @@ class Subscription:
 
     def at_cursor(self, limit: int = 1 << 62) -> Optional[Message]:
         """Return the first message at the cursor, which moves over all that does not wait there.
-        Reads about `limit` bytes; `is_behind` tells whether there is more to be read."""
+        Reads about `limit` bytes; `is_behind` tells whether there is more to be read. Raises
+        ApiError 503 for want of memory."""
         while True:
             while self._at < len(self._ahead):
                 message = self._ahead[self._at]
@@ -2148,9 +2137,9 @@ class Subscription:
             return False
         try:
             return self._read_from(start)
-        except Exception:                    # no memory: as if nothing was read
+        except MemoryError:                  # as if nothing was read
             self._ahead, self._at, self._read_to = [], 0, start
-            raise
+            raise no_memory() from None
 
     def _read_from(self, start: int) -> bool:
         state = self._state
@@ -2175,12 +2164,6 @@ class Subscription:
         self.stand_at(self._read_to, start)
         if missed:
             self._state.count_anew()
-
-    def unread(self) -> None:
-        """Keep no large message that was looked at and did not go."""
-        message = self._ahead[self._at] if self._at < len(self._ahead) else None
-        if message and message.size > AHEAD_BYTES:
-            self._ahead, self._at, self._read_to = [], 0, message.offset
 
     def run_at_cursor(self, message: Message, most: int, before: int) -> List[Message]:
         """Return the message that stands at the cursor, and neighbours that wait behind it: up to
@@ -2245,18 +2228,6 @@ class Subscription:
                 self.entries.put(id_, entry.offset, mark.due_ms, entry.size, mark.deliveries)
 
     # -- looking on
-
-    def waiting(self, limit: int) -> Iterator[Message]:
-        """Yield the messages at and behind the cursor, without moving it; reads about `limit`
-        bytes."""
-        position, end = self.cursor, self._state.end
-        while limit > 0:
-            messages, after = self._state.log.read(position, end)
-            yield from filter(self._waits, messages)
-            if after == position:
-                return
-            limit -= _distance(position, after)
-            position = after
 
     def oldest_ms(self) -> Optional[int]:
         """Return when the first message was put that is not settled; reads a few heads only."""
@@ -2824,6 +2795,7 @@ class Wish(NamedTuple):
     lines: int = 0                           # up to so many messages, one a line; 0: one message
     max_bytes: int = MAX_MESSAGE_BYTES       # of all lines
     lease_s: int = 0
+    peek: bool = False                       # to see them only
 
 
 ONE = Wish()
@@ -2834,8 +2806,8 @@ class Delivery(NamedTuple):
 
     subscriber: str
     messages: Sequence[Message]
-    counts: Sequence[int]                    # of earlier deliveries, of each
-    ids: Sequence[int] = ()
+    counts: Sequence[int]                    # how often each was delivered, with this time
+    ids: Sequence[int] = ()                  # that it holds; none if they were only looked at
     lease: Optional[int] = None
     as_lines: bool = False
     held: int = 0                            # of the budget: its bytes, or 0 if they are few
@@ -2846,10 +2818,6 @@ class Lease(NamedTuple):
 
     ids: Sequence[int]
     deadline_ms: int
-
-
-class Behind(Exception):
-    """There is more to be read, or to expire, than one hold of the lock may."""
 
 
 _waiter_keys = itertools.count()
@@ -2922,9 +2890,11 @@ class Consumers:
     entry has a due time; else ready. What is ready is at or behind the cursor, or in `ready`.
     """
 
-    def __init__(self, subscription: Subscription) -> None:
+    def __init__(self, subscription: Subscription, *, expires: bool) -> None:
         self.subscription = subscription
         self.dead_lettered_total = 0
+        self._look_at_ms = 0 if expires else NEVER
+        self.expiry_ms = self._look_at_ms    # when something ready may be older than `ttl`
         self.waiters: collections.OrderedDict[int, Waiter] = collections.OrderedDict()
         self.waiter_deadlines = Deadlines(
             lambda key: self.waiters[key].deadline_ms if key in self.waiters else None)
@@ -2935,6 +2905,7 @@ class Consumers:
     def forget(self) -> None:
         """Nothing is out, and nothing is an entry."""
         self.out: Set[int] = set()           # in someone's hands: leased, on its way, or dying
+        self.dying: Dict[int, None] = {}     # ids that are to be dead-lettered, in order
         self.leases: Dict[int, Lease] = {}
         self.lease_deadlines = Deadlines(
             lambda key: self.leases[key].deadline_ms if key in self.leases else None)
@@ -2950,8 +2921,21 @@ class Consumers:
         if due_ms:
             self.delayed.add(due_ms, *ids)
         else:
+            self.expiry_ms = self._look_at_ms
             for id_ in ids:
                 self.ready.add(id_)
+
+    def take_out(self, run: Sequence[Message]) -> List[int]:
+        """Have a message, or a run at the cursor, in someone's hands. Return how often each was
+        delivered, with this time."""
+        first_id = run[0].id
+        if first_id in self.entries:
+            counts = [self.entries[first_id][4] + 1]
+        else:
+            self.subscription.take_in(*run)
+            counts = [1] * len(run)
+        self.out.update([message.id for message in run])
+        return counts
 
     def take_back(self, ids: Iterable[int], due_ms: int) -> None:
         """What was out is ready, or delayed, again."""
@@ -2961,9 +2945,12 @@ class Consumers:
     def end_delays(self, now_ms: int) -> None:
         """What was delayed until now is ready; as much as one hold of the lock may."""
         for id_ in self.delayed.pop_due(now_ms, AT_ONCE):
-            _, offset, _, size, deliveries = self.entries[id_]
-            self.entries.put(id_, offset, 0, size, deliveries)
-            self.ready.add(id_)
+            self.make_ready(id_)
+
+    def make_ready(self, id_: int) -> None:
+        _, offset, _, size, deliveries = self.entries[id_]
+        self.entries.put(id_, offset, 0, size, deliveries)
+        self.note([id_], 0)
 
     def _is_ready(self, id_: int) -> bool:
         return id_ not in self.out and self.entries.due(id_) == 0
@@ -2972,12 +2959,10 @@ class Consumers:
     def ready_count(self) -> int:
         return self.subscription.held_count - len(self.out) - self.entries.delayed
 
-    def hold(self, id_: int) -> None:
-        """Take out an entry, ready or delayed."""
-        entry = self.entries.get(id_)
-        if entry and entry[2]:
-            self.entries.put(id_, entry[1], 0, entry[3], entry[4])
-        self.out.add(id_)
+    def next_ms(self) -> int:
+        """Return when time brings something next."""
+        return min(self.lease_deadlines.next_ms(), self.waiter_deadlines.next_ms(),
+                   self.delayed.next_ms(), self.expiry_ms)
 
     def add_lease(self, key: int, lease: Lease) -> None:
         self.lease_deadlines.add(lease.deadline_ms, key)     # first: none is without an end
@@ -3015,19 +3000,27 @@ def lines_in(messages: Sequence[Message], room: int) -> int:
     return len(payloads)
 
 
-class Turn:
-    """Stands around a hold of a queue's lock, `with _turn, lock`: behind it, those who
-    waited for what became ready get it. The lock itself lets go without a call that might find no
-    memory."""
+def turn(method: F) -> F:
+    """Have a method of a queue end with a look at those who wait: what became ready is theirs.
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._queue.end_turn()
+    What it raises, unless it is a refusal, which comes before anything is changed, has left
+    memory and disk at odds: the log fails, for only a start helps.
+    """
+    @functools.wraps(method)
+    def wrapped(self: Queue, *arguments: Any, **options: Any) -> Any:
+        try:
+            try:
+                result = method(self, *arguments, **options)
+            except (ApiError, DiskFull):
+                self.end_turn()
+                raise
+            self.end_turn()
+            return result
+        except (ApiError, DiskFull, LogFailed):
+            raise
+        except BaseException as error:
+            self.log.give_up(error)
+    return cast(F, wrapped)
 
 
 class Queue:
@@ -3036,11 +3029,10 @@ class Queue:
     `lock` guards the state, the consumers, the log's tail and the counters. All methods may be
     called by any thread, but for those that yield `Steps`: only one thread does those.
     1. A message is in `Consumers.out` while it is in a lease, in a delivery that the server
-       settles, or among the `_dying`. None of these outlives the process.
-    2. Nobody waits for what is ready: whoever makes something ready takes a `_turn`, and notes
-       in `_touched` for whom.
-    3. What is not above `_expired_id` is older than `ttl` and never becomes ready.
-    4. What is staged for the end of the round changes nothing until `flush` writes and applies
+       settles, or dying. None of these outlives the process.
+    2. Nobody waits for what is ready: whoever makes something ready is a `turn`, and notes in
+       `_touched` for whom.
+    3. What is staged for the end of the round changes nothing until `flush` writes and applies
        it: a message that was settled is out until then.
     """
 
@@ -3049,6 +3041,7 @@ class Queue:
                  storage: Optional[Storage] = None, space: Optional[Space] = None,
                  budget: Optional[Budget] = None, staging: Optional[Set[Queue]] = None,
                  lead: Callable[[Log], None] = Log.lead,
+                 on_failure: Callable[[LogFailed], None] = lambda _: None,
                  wake_at: Callable[[int], None] = lambda _: None,
                  call_upkeep: Callable[[], None] = lambda: None) -> None:
         self.config, self.subscribers = config, subscribers
@@ -3058,7 +3051,7 @@ class Queue:
         self._staging = staging              # queues to flush; None: each call writes at once
         self.space, self._budget = space or Space(folder, 0), budget or Budget()
         self.lock = threading.Lock()
-        self.log = Log(folder, fsync, storage)
+        self.log = Log(folder, fsync, storage, on_failure)
         self.state = State(self.log)
         self.in_total = self.out_total = self.redelivered_total = self.compactions_total = 0
         self.expired_total = 0
@@ -3068,7 +3061,6 @@ class Queue:
         self.owed = 0                        # marks that a full disk kept out of the log
         self._closed = False
         self._limited = config.max_messages is not None or config.max_bytes is not None
-        self._turn = Turn(self)
         self._consumers: Dict[str, Consumers] = {}
         self._awaited: Set[str] = set()      # subscribers with waiters
         self._touched: Set[str] = set()      # those for whom something may have become ready
@@ -3076,10 +3068,8 @@ class Queue:
         self._puts: List[Put] = []           # staged; see flush
         self._staged_bytes = self._staged_count = 0
         self._settled: Dict[str, List[int]] = {}         # staged ids by subscriber
-        self._dying: Dict[Tuple[str, int], bool] = {}    # to be dead-lettered, in order
-        self._expired_id = 0
-        self._expiry_at = FIRST              # offset of the first message that did not expire yet
-        self._expiry_ms = 0 if config.ttl else NEVER     # when it does; 0: to be found out
+        self._ttl_ms = config.ttl * 1000 if config.ttl else NEVER
+        self._most = config.max_deliveries or NEVER
         self._covered = Covered()
         self._copies = 0                     # made ever
         self._is_unready = False             # no next segment could be made
@@ -3115,7 +3105,7 @@ class Queue:
         self._with_space(self._snapshot_or_full)
         log.remove_unused()
         with self.lock:
-            self._consumers = {name: Consumers(subscription)
+            self._consumers = {name: Consumers(subscription, expires=bool(self.config.ttl))
                                for name, subscription in state.subscriptions.items()}
             self._expel_spent_locked()
         if not (head or is_new) and state.held_count:
@@ -3170,42 +3160,29 @@ class Queue:
 
     # -- rounds
 
+    @turn
     def flush(self) -> None:
         """End a round: write what was put with one write, what was settled with one mark a run
-        of ids. Does not wait for a disk. Settled ones that find no memory stay staged."""
-        with self._turn:
-            with self.lock:
-                if self._staging is not None:
-                    self._staging.discard(self)
-                puts, self._puts, self._staged_bytes, self._staged_count = self._puts, [], 0, 0
-                try:
-                    self._check_open()
-                    if self._settled:
-                        self._write_settled_locked()
-                    results: Sequence[Union[int, Exception]] = (
-                        self._append_locked(puts) if puts else ())
-                    number = self.log.appends
-                except LogFailed:
-                    raise
-                except Exception as error:   # a full disk, or no memory: each is refused
-                    results, number = [error] * len(puts), 0
-                    if self._settled and self._staging is not None:
-                        self._staging.add(self)
+        of ids. Does not wait for a disk."""
+        with self.lock:
+            if self._staging is not None:
+                self._staging.discard(self)
+            self._write_settled_locked()
+            puts, self._puts, self._staged_bytes, self._staged_count = self._puts, [], 0, 0
             try:
-                if puts:
-                    self._tell(puts, results, number)
-            except BaseException as error:   # they would wait for ever
-                self.log.give_up(error)
+                self._check_open()
+                results: Sequence[Union[int, Exception]] = self._append_locked(puts)
+                number = self.log.appends
+            except (ApiError, DiskFull) as error:
+                results, number = [error] * len(puts), 0
 
-    def _tell(self, puts: Sequence[Put], results: Sequence[Union[int, Exception]],
-              number: int) -> None:
-        def tell(failure: Optional[LogFailed]) -> None:
+        def tell() -> None:
             for put, result in zip(puts, results):
-                put.done(failure or result)
-        self.when_durable(number, tell)
+                put.done(result)
+        if puts:
+            self.when_durable(number, tell)
 
-    def when_durable(self, number: int, call: Callable[[Optional[LogFailed]], None], *,
-                     marks: bool = False) -> None:
+    def when_durable(self, number: int, call: Callable[[], None], *, marks: bool = False) -> None:
         """Have `call` made as `Log.when_durable` says. Does not block."""
         if self.log.when_durable(number, call, marks=marks):
             self._lead(self.log)
@@ -3268,23 +3245,21 @@ class Queue:
         if put.delay_s and len(put.payloads) * len(self.subscribers) > DELAYED_LINES:
             raise ApiError(413, f"More than {DELAYED_LINES // len(self.subscribers)} lines with a "
                                 "delay; send them in parts")
+        if self._staged_bytes >= ROUND_BYTES or self._staged_count >= ROUND_MESSAGES:
+            self.flush()
         with self.lock:
             count = len(put.payloads)
             self._check_room_locked(size, count)
             self._staging.add(self)
-            self._puts.append(put)           # last: what raises is not told again
             self._staged_bytes += size
             self._staged_count += count
-        if self._staged_bytes >= ROUND_BYTES or self._staged_count >= ROUND_MESSAGES:
-            try:
-                self.flush()
-            except MemoryError:              # at the end of the round again
-                return
+            self._puts.append(put)           # last: what raises is not told again
 
+    @turn
     def put(self, payloads: Sequence[bytes], delay_s: int = 0, *, limited: bool = True) -> int:
         """Append messages at once and return the first one's id; durable on return. As `stage`;
         raises DiskFull, and LogFailed when it is not known what is queued."""
-        with self._turn, self.lock:
+        with self.lock:
             if limited:
                 self._check_room_locked(sum(map(len, payloads)), len(payloads))
             first, = self._append_locked([Put(payloads, delay_s)])
@@ -3294,6 +3269,8 @@ class Queue:
 
     def _append_locked(self, puts: Sequence[Put]) -> List[int]:
         """Append what was put with one write, and apply it; return the first id of each."""
+        if not puts:
+            return []
         self._rotate_locked()
         firsts: List[int] = []
         items: List[Unplaced] = []
@@ -3320,9 +3297,6 @@ class Queue:
             if not self.log.rotate(self.state.start):
                 raise
             self.log.append(items, apply)
-        if self.config.ttl and self._expiry_ms == NEVER:
-            self._expiry_ms = now_ms + self.config.ttl * 1000
-            self._wake_locked(self._expiry_ms)
         return firsts
 
     def _delay_locked(self, ids: Iterable[int], due_ms: int) -> None:
@@ -3344,58 +3318,41 @@ class Queue:
 
     # -- taking
 
-    def take(self, subscriber: str = FIFO, wish: Wish = ONE, waiter: Optional[Waiter] = None,
-             *, at_once: bool = False) -> Optional[Delivery]:
+    @turn
+    def take(self, subscriber: Optional[str] = FIFO, wish: Wish = ONE,
+             waiter: Optional[Waiter] = None) -> Optional[Delivery]:
         """Take the oldest ready messages; without any return None, and `waiter` waits: then it
         has a deadline. It does so too, if only for that, while more has to expire, or to be
-        read, than one hold of the lock may.
+        read, than one hold of the lock may. Without a subscriber, be the one furthest behind.
 
         Does not wait for a disk. What is leased comes back at its deadline; the rest is to be
-        settled or retried by the caller. With `at_once`, raises Behind instead of a second hold.
+        settled or retried by the caller. Raises ApiError 503 for want of memory.
         """
-        delivery: Optional[Delivery] = None
-        try:
-            while True:
-                with self._turn, self.lock:
-                    delivery, is_done = self._try_take_locked(subscriber, wish, waiter)
-                    if is_done:
-                        return delivery
-                if at_once:
-                    raise Behind
-        except Exception:                    # no memory, at the end of the turn perhaps
-            if delivery:
-                self.put_back(delivery)
-            if waiter and waiter.deadline_ms and not self._forget_waiter(subscriber, waiter):
-                return None                  # it gets an answer, and no other one
-            raise
-
-    def _try_take_locked(self, subscriber: str, wish: Wish, waiter: Optional[Waiter]
-                         ) -> Tuple[Optional[Delivery], bool]:
-        """Return what is to be had, and whether that, or a wait, is all there is to do now."""
-        self._check_open()
-        now_ms, consumers = self.now_ms(), self._consumers[subscriber]
-        self._tick_locked(consumers, now_ms)
-        if now_ms >= self._expiry_ms:
-            self._expire_locked(now_ms)
-        if self._touched:                    # who waits came first
-            self._match_locked()
-        if now_ms < self._expiry_ms:
-            fitting = self._fitting_locked(consumers, wish) if self._budget.tight else wish
-            delivery = self._take_locked(consumers, fitting) if fitting else None
-            if delivery or not consumers.subscription.is_behind:
-                if delivery is None and waiter and waiter.wait_s:
-                    self._wait_locked(subscriber, waiter, now_ms)
-                elif not fitting:
+        while True:
+            with self.lock:
+                self._check_open()
+                now_ms, consumers = self.now_ms(), self._consumers_of_locked(subscriber)
+                self._tick_locked(consumers, now_ms)
+                if self._touched:            # who waits came first
+                    self._match_locked()
+                delivery = self._take_locked(consumers, wish, now_ms)
+                if delivery:
+                    return delivery
+                is_late = now_ms >= consumers.expiry_ms
+                is_full = not is_late and bool(self._look_locked(consumers))
+                is_late = is_late or (not is_full and consumers.subscription.is_behind)
+                if waiter and (waiter.wait_s or is_late):
+                    self._wait_locked(consumers, waiter, now_ms)
+                    return None
+                if is_full:
                     raise no_room()
-                return delivery, True
-        if waiter:
-            self._wait_locked(subscriber, waiter, now_ms)
-        return None, waiter is not None
+                if not is_late:
+                    return None
 
-    def _forget_waiter(self, subscriber: str, waiter: Waiter) -> bool:
-        """Have a waiter get no answer; return whether it still waited."""
-        with self.lock:
-            return self._consumers[subscriber].waiters.pop(waiter.key, None) is not None
+    def _consumers_of_locked(self, subscriber: Optional[str]) -> Consumers:
+        if subscriber is None:
+            return min(self._consumers.values(), key=lambda c: c.subscription.cursor)
+        return self._consumers[subscriber]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -3403,10 +3360,12 @@ class Queue:
 
     def _look_locked(self, consumers: Consumers, most: int = 1) -> List[Message]:
         """Return the lowest ready message, and up to `most` with those that come with it for
-        next to nothing. One whose bytes went bad is set aside and gone."""
+        next to nothing. One whose bytes went bad is set aside and gone. Raises ApiError 503."""
         subscription = consumers.subscription
         while True:
-            place, id_ = subscription.at_cursor(MIB), consumers.ready.first()
+            id_, place = consumers.ready.first(), None
+            if id_ is None or id_ >= subscription.cursor_id:
+                place = subscription.at_cursor(MIB)
             if place and (id_ is None or place.id < id_):
                 return [place] if most == 1 else subscription.run_at_cursor(
                     place, most, id_ or NEVER)
@@ -3417,219 +3376,166 @@ class Queue:
                 return [message]
 
     def _message_locked(self, consumers: Consumers, id_: int) -> Optional[Message]:
-        """Return the message of an entry; if its bytes went bad it is gone, and None."""
+        """Return the message of an entry; if its bytes went bad it is gone, and None. Raises
+        ApiError 503."""
         _, offset, _, size, _ = consumers.entries[id_]
-        message = self.log.message_at(offset, size)
+        try:
+            message = self.log.message_at(offset, size)
+        except MemoryError:
+            raise no_memory() from None
         if message and message.id == id_:
             return message
         consumers.subscription.drop(id_, id_)
         consumers.out.discard(id_)
+        consumers.dying.pop(id_, None)
         self.state.recount()
         return None
 
-    def _fitting_locked(self, consumers: Consumers, wish: Wish) -> Optional[Wish]:
-        """Return what of a wish is to be had while clients hold much: only what does not count;
-        None if the next message does."""
-        if any(len(m.payload) > UNCOUNTED_BYTES for m in self._look_locked(consumers)):
+    def _take_locked(self, consumers: Consumers, wish: Wish, now_ms: int) -> Optional[Delivery]:
+        """Take what makes one delivery; None if nothing is ready, or no room for it now."""
+        if now_ms >= consumers.expiry_ms:
             return None
-        return wish._replace(max_bytes=UNCOUNTED_BYTES)
-
-    def _take_locked(self, consumers: Consumers, wish: Wish) -> Optional[Delivery]:
-        name = consumers.subscription.name
-        messages: List[Message] = []
-        held = 0
-        try:
-            counts = self._take_out_locked(consumers, wish, messages)
-            if not messages:
+        if self._budget.tight:               # only what does not count
+            if any(len(m.payload) > UNCOUNTED_BYTES for m in self._look_locked(consumers)):
                 return None
-            key = secrets.randbits(KEY_BITS) if wish.lease_s else None
-            delivery = self._delivery(name, messages, counts, wish, key)
-            if delivery.held:
-                self._budget.hold(delivery.held)
-                held = delivery.held
-            if key is not None:              # last: nothing is leased to nobody
-                self._lease_locked(name, key, delivery.ids, wish.lease_s)
-            return delivery
-        except Exception:                    # no memory: nobody has them
-            if held:
-                self._budget.hold(-held)
-            self.log.guard(lambda: consumers.take_back([m.id for m in messages], 0))
-            raise
+            wish = wish._replace(max_bytes=UNCOUNTED_BYTES)
+        messages: List[Message] = []
+        counts = (self._peek_locked if wish.peek else self._choose_locked)(
+            consumers, wish, messages)
+        if not messages:
+            return None
+        as_lines = wish.lines > 0 and is_line(messages[0].payload)
+        size = sum([len(message.payload) for message in messages])
+        held = size if size > UNCOUNTED_BYTES else 0
+        if held:
+            self._budget.hold(held)
+        ids = () if wish.peek else [message.id for message in messages]
+        key = secrets.randbits(KEY_BITS) if wish.lease_s else None
+        if key is not None:
+            self._lease_locked(consumers, key, ids, wish.lease_s)
+        return Delivery(consumers.subscription.name, messages, counts, ids, key, as_lines, held)
 
-    def _take_out_locked(self, consumers: Consumers, wish: Wish,
-                         messages: List[Message]) -> List[int]:
+    def _choose_locked(self, consumers: Consumers, wish: Wish,
+                       messages: List[Message]) -> List[int]:
         """Take what makes one delivery, adding it to `messages`; what is no line comes alone.
-        Return how often each was delivered before."""
+        Return how often each was delivered, with this time."""
         counts: List[int] = []
-        most, room, entries = max(1, wish.lines), wish.max_bytes, consumers.entries
+        most, room = max(1, wish.lines), wish.max_bytes
         while len(messages) < most:
-            run = self._look_locked(consumers, most - len(messages))
+            try:
+                run = self._look_locked(consumers, most - len(messages))
+            except ApiError:                 # no memory for more
+                if messages:
+                    break
+                raise
             lines = lines_in(run, room) if wish.lines else 0
             if not (lines or (run and not messages)):
                 break
             del run[max(1, lines):]
-            messages += run                  # first: what fails from here on puts them back
-            if run[0].id in entries:
-                counts.append(entries[run[0].id][4])
-            else:
-                consumers.subscription.take_in(*run)
-                counts += [0] * len(run)
-            consumers.out.update([message.id for message in run])
+            messages += run
+            counts += consumers.take_out(run)
             if not lines:
                 break
             room -= sum([len(message.payload) + 1 for message in run])
         return counts
 
-    def _delivery(self, subscriber: str, messages: Sequence[Message], counts: Sequence[int],
-                  wish: Wish, key: Optional[int] = None) -> Delivery:
-        """Return messages as what goes to a consumer."""
-        as_lines = wish.lines > 0 and is_line(messages[0].payload)
-        size = sum([len(message.payload) for message in messages])
-        held = size if size > UNCOUNTED_BYTES else 0
-        ids = [message.id for message in messages]
-        return Delivery(subscriber, messages, counts, ids, key, as_lines, held)
+    def _peek_locked(self, consumers: Consumers, wish: Wish,
+                     messages: List[Message]) -> List[int]:
+        """As `_choose_locked`, but take nothing. What is looked at at the cursor becomes entries,
+        the same state told otherwise, as many as can be wished for."""
+        counts: List[int] = []
+        most, room, subscription = max(1, wish.lines), wish.max_bytes, consumers.subscription
+        ids = list(itertools.islice(consumers.ready.all(), most))
+        while len(ids) < most or subscription.cursor_id <= ids[-1]:
+            message = subscription.at_cursor(MIB)
+            if message is None or (len(ids) == most and message.id > ids[-1]):
+                break
+            run = subscription.run_at_cursor(message, most, NEVER)
+            ids = sorted([*ids, *[message.id for message in run]])[:most]
+            consumers.note([message.id for message in run], 0)
+            subscription.take_in(*run)
+        for id_ in ids:
+            found = self._message_locked(consumers, id_)
+            lines = lines_in([found], room) if found and wish.lines else 0
+            if found and (lines or not messages):
+                messages.append(found)
+                counts.append(consumers.entries[id_].deliveries)
+                room -= len(found.payload) + 1
+            if messages and not lines:
+                break
+        return counts
 
-    def _lease_locked(self, subscriber: str, key: int, ids: Sequence[int], seconds: int) -> None:
+    def _lease_locked(self, consumers: Consumers, key: int, ids: Sequence[int],
+                      seconds: int) -> None:
         deadline_ms = self.now_ms() + seconds * 1000
         self._wake_locked(deadline_ms)
-        self._consumers[subscriber].add_lease(key, Lease(ids, deadline_ms))
-
-    def peek(self, subscriber: Optional[str] = FIFO, wish: Wish = ONE, *,
-             at_once: bool = False) -> Optional[Delivery]:
-        """Return what a take would, without taking it: a peek counts as no delivery. Without a
-        subscriber, look at what anyone has not settled. With `at_once`, raises Behind instead of
-        a second hold of the lock."""
-        while True:
-            self.tick()
-            behind = contextlib.nullcontext() if at_once else contextlib.suppress(Behind)
-            with behind, self._turn, self.lock:
-                return self._peek_locked(subscriber, wish)
-            time.sleep(0)
-
-    def _peek_locked(self, subscriber: Optional[str], wish: Wish) -> Optional[Delivery]:
-        if self.now_ms() >= self._expiry_ms:
-            raise Behind
-        if self._budget.tight:
-            raise no_room()
-        found: List[Message] = []
-        counts: List[int] = []
-        size = 0
-        for message, count in self._upcoming_locked(subscriber):
-            line = wish.lines > 0 and is_line(message.payload)
-            size += len(message.payload) + 1
-            if found and (not line or size > wish.max_bytes):
-                break
-            found.append(message)
-            counts.append(count - 1)
-            if not line or len(found) >= wish.lines:
-                break
-        return self._delivery(subscriber or FIFO, found, counts, wish) if found else None
-
-    def _upcoming_locked(self, subscriber: Optional[str]) -> Iterator[Tuple[Message, int]]:
-        """Yield what is ready, or without a subscriber what anyone holds, lowest first, each
-        with its count; as far as one hold of the lock may read."""
-        if subscriber is None:
-            several = list(self._consumers.values())
-            first = min(several, key=lambda c: c.subscription.cursor)
-            ids: Iterator[int] = heapq.merge(*[c.entries.ids() for c in several])
-        else:
-            first = self._consumers[subscriber]
-            several, ids = [first], iter(first.ready.all())
-        if not self._look_locked(first) and first.subscription.is_behind:
-            raise Behind
-        first.subscription.unread()
-        plain = first.subscription.waiting(MIB)
-        message, last_id = next(plain, None), 0
-        for id_ in ids:
-            while message and message.id < id_:
-                yield message, 0
-                message = next(plain, None)
-            owner = next(c for c in several if id_ in c.entries)
-            if id_ != last_id and not (message and message.id == id_):
-                found = self.log.message_at(owner.entries[id_][1], owner.entries[id_][3])
-                if found:
-                    yield found, owner.entries[id_].deliveries if subscriber is not None else 0
-            last_id = id_
-        while message:
-            yield message, 0
-            message = next(plain, None)
+        consumers.add_lease(key, Lease(ids, deadline_ms))
 
     # -- waiting
 
-    def _wait_locked(self, subscriber: str, waiter: Waiter, now_ms: int) -> None:
+    def _wait_locked(self, consumers: Consumers, waiter: Waiter, now_ms: int) -> None:
         deadline_ms = now_ms + waiter.wait_s * 1000
-        self._awaited.add(subscriber)
-        self._touched.add(subscriber)        # what is ready may only lack room
+        self._awaited.add(consumers.subscription.name)
+        self._touched.add(consumers.subscription.name)   # what is ready may only lack room
         self._wake_locked(deadline_ms)
-        self._consumers[subscriber].add_waiter(waiter, deadline_ms)
+        consumers.add_waiter(waiter, deadline_ms)
 
     def end_turn(self) -> None:
-        """Match what became ready with those who wait, and tell them. Called at the end of a
-        `Turn`, without the lock."""
+        """Match what became ready with those who wait, and tell them. See `turn`."""
         if self._touched:
             with self.lock:
-                self._match_or_wake_locked()
-        while self._answers:                 # what is not told now is at the end of another turn
+                self._match_locked()
+        while self._answers:
             try:
                 waiter, delivery = self._answers.popleft()
             except IndexError:               # another thread told it
                 return
-            try:
-                waiter.answer(delivery)
-            except Exception:                # the others must get theirs
-                if delivery:
-                    self.put_back(delivery)
-                log_event.exception("answer_failed")
-
-    def _match_or_wake_locked(self) -> None:
-        try:
-            self._match_locked()
-        except LogFailed:
-            raise
-        except Exception:                    # no memory: what was done stays done
-            self._wake_locked(self.now_ms() + POLL_S * 1000)
-            log_event.exception("match_failed queue=%s", self.config.name)
+            waiter.answer(delivery)
 
     def _match_locked(self) -> None:
         """Give what is ready to those who wait, first come, first served (invariant 2)."""
         now_ms = self.now_ms()
-        self._expire_locked(now_ms)
-        if now_ms >= self._expiry_ms:        # more than one hold of the lock may take
-            self._wake_locked(now_ms)
-            return
         for name in list(self._touched):
             consumers = self._consumers[name]
-            waiters = consumers.waiters
-            while waiters and self._look_locked(consumers):
-                waiter = next(iter(waiters.values()))
-                fitting: Optional[Wish] = waiter.wish
-                if self._budget.tight:
-                    fitting = self._fitting_locked(consumers, waiter.wish)
-                if not fitting:              # the budget has `tick` called once there is room
-                    break
-                delivery = None if waiter.is_gone() else self._take_locked(consumers, fitting)
-                try:
-                    self._answers.append((waiter, delivery))
-                    del waiters[waiter.key]
-                except BaseException as error:
-                    self.log.give_up(error)
-            else:
-                if waiters and consumers.subscription.is_behind:     # read on in the next hold
-                    self._wake_locked(now_ms)
-                else:
-                    self._touched.discard(name)
-            if not waiters:
+            try:
+                is_done = self._serve_waiters_locked(consumers, now_ms)
+            except ApiError:                 # no memory to read it
+                self._wake_locked(now_ms + POLL_S * 1000)
+                continue
+            if is_done:
+                self._touched.discard(name)
+            if not consumers.waiters:
                 self._awaited.discard(name)
 
-    def stop_waiting(self, subscriber: str, waiter: Waiter) -> None:
-        """Answer a waiter with None now, unless it is answered already."""
-        with self._turn, self.lock:
-            if self._consumers[subscriber].waiters.pop(waiter.key, None):
-                self._answers.append((waiter, None))
+    def _serve_waiters_locked(self, consumers: Consumers, now_ms: int) -> bool:
+        """Return whether all that is ready found its taker, or every waiter something."""
+        waiters = consumers.waiters
+        self._expire_locked(consumers, now_ms)
+        while waiters and now_ms < consumers.expiry_ms and self._look_locked(consumers):
+            waiter = next(iter(waiters.values()))
+            is_gone = waiter.is_gone()
+            delivery = None if is_gone else self._take_locked(consumers, waiter.wish, now_ms)
+            if not (is_gone or delivery):    # the budget has `tick` called once there is room
+                return False
+            self._answers.append((waiter, delivery))
+            del waiters[waiter.key]
+        is_late = now_ms >= consumers.expiry_ms or consumers.subscription.is_behind
+        if waiters and is_late:              # read on in the next hold
+            self._wake_locked(now_ms)
+        return not (waiters and is_late)
 
+    @turn
+    def stop_waiting(self, subscriber: Optional[str], waiter: Waiter) -> None:
+        """Answer a waiter with None now, unless it is answered already."""
+        with self.lock:
+            for consumers in self._consumers.values():
+                if consumers.waiters.pop(waiter.key, None):
+                    self._answers.append((waiter, None))
+
+    @turn
     def dismiss(self) -> None:
         """Answer all who wait with None."""
-        with self._turn, self.lock:
+        with self.lock:
             for name in list(self._awaited):
                 waiters = self._consumers[name].waiters
                 self._answers += [(waiter, None) for waiter in waiters.values()]
@@ -3641,48 +3547,46 @@ class Queue:
 
     # -- what was taken
 
+    @turn
     def settle(self, delivery: Delivery) -> None:
         """A delivery has left: what is not leased is gone. Not durable on return."""
         if delivery.held:
             self._budget.hold(-delivery.held)
-        if delivery.lease is None:
+        if delivery.lease is None and delivery.ids:
             with self.lock:
                 self._settle_locked(delivery.subscriber, delivery.ids)
 
-    def put_back(self, delivery: Delivery) -> None:
-        """Retry what could not leave for want of memory, or have a start do it: nobody else knows
-        of it. Raises LogFailed."""
-        try:
-            self.retry(delivery)
-        except BaseException as error:
-            self.log.give_up(error)
-
+    @turn
     def retry(self, delivery: Delivery) -> None:
         """A delivery could not leave: its messages are back at their old place."""
         if delivery.held:
             self._budget.hold(-delivery.held)
-        with self._turn, self.lock:
+        with self.lock:
             leases = self._consumers[delivery.subscriber].leases
             if delivery.lease is None or delivery.lease in leases:
                 self._retry_locked(delivery.subscriber, delivery.ids)
                 leases.pop(delivery.lease or 0, None)
 
+    @turn
     def ack(self, subscriber: str, key: int) -> None:
         """End a lease: its messages are gone. Not durable on return. Raises ApiError 410."""
         with self.lock:
             self._settle_locked(subscriber, self._leased_locked(subscriber, key))
             del self._consumers[subscriber].leases[key]
 
+    @turn
     def nack(self, subscriber: str, key: int, delay_s: int = 0) -> None:
         """End a lease: its messages come back, at once or after a delay. Raises ApiError 410."""
-        with self._turn, self.lock:
+        with self.lock:
             self._retry_locked(subscriber, self._leased_locked(subscriber, key), delay_s)
             del self._consumers[subscriber].leases[key]
 
+    @turn
     def extend(self, subscriber: str, key: int, seconds: int) -> None:
         """Have a lease end in `seconds` from now. Raises ApiError 410."""
         with self.lock:
-            self._lease_locked(subscriber, key, self._leased_locked(subscriber, key), seconds)
+            self._lease_locked(self._consumers[subscriber], key,
+                               self._leased_locked(subscriber, key), seconds)
 
     def _leased_locked(self, subscriber: str, key: int) -> Sequence[int]:
         """Return the ids of a lease. Who ends it deletes it last: nothing is out without one."""
@@ -3703,18 +3607,17 @@ class Queue:
 
     def _retry_locked(self, subscriber: str, ids: Iterable[int], delay_s: int = 0) -> None:
         now_ms, consumers = self.now_ms(), self._consumers[subscriber]
-        due_ms, most = now_ms + delay_s * 1000 if delay_s else 0, self.config.max_deliveries
+        due_ms, most = now_ms + delay_s * 1000 if delay_s else 0, self._most
         ids, tail = self._out_locked(subscriber, ids), self.log.tail
         counts = {id_: consumers.entries[id_][4] + 1 for id_ in ids}
-        self._mark_locked([Mark(RETRY, subscriber, first, last, tail, count, due_ms)
+        back = [id_ for id_ in ids if counts[id_] < most]
+        self._mark_locked([Mark(RETRY, subscriber, first, last, tail, count,
+                                due_ms if count < most else 0)
                            for count in set(counts.values())
                            for first, last in _runs([i for i in ids if counts[i] == count])],
-                          lambda: consumers.take_back(ids, due_ms))
-        expired = [id_ for id_ in ids if id_ <= self._expired_id]
-        spent = [id_ for id_ in ids if id_ > self._expired_id and most and counts[id_] >= most]
-        self._expel_locked(subscriber, expired, expired=True)
-        self._expel_locked(subscriber, spent)
-        self.redelivered_total += len(ids) - len(expired) - len(spent)
+                          lambda: consumers.take_back(back, due_ms))
+        self._expel_locked(consumers, [id_ for id_ in ids if counts[id_] >= most])
+        self.redelivered_total += len(back)
         self._touched.add(subscriber)
         if due_ms:
             self._wake_locked(due_ms)
@@ -3724,11 +3627,12 @@ class Queue:
         out = self._consumers[subscriber].out
         return [] if self._closed else [id_ for id_ in ids if id_ in out]
 
+    @turn
     def purge(self) -> int:
         """Drop every message and end all leases; return their number. Not durable on return;
         `when_durable` with `marks` tells, unless marks are owed."""
         self.flush()                         # what was put before is dropped as well
-        with self._turn, self.lock:
+        with self.lock:
             self._check_open()
             state, count = self.state, self.state.held_count
             self._mark_locked([Mark(POSITION, name, state.next_id, state.next_id, self.log.tail)
@@ -3741,38 +3645,35 @@ class Queue:
         for consumers in self._consumers.values():
             consumers.forget()
         self._settled.clear()
-        self._dying.clear()
 
     # -- time, expiry and dead letters
 
+    @turn
     def tick(self) -> int:
         """Do what time brings: ends of leases, delays, waits and lives. Return when (monotonic
         ms) there is more to do. Does not wait for a disk."""
-        with self._turn, self.lock:
+        with self.lock:
             if self._closed:
                 return NEVER
-            now_ms = self.now_ms()
-            self._expire_locked(now_ms)
+            now_ms, next_ms = self.now_ms(), NEVER
             for consumers in self._consumers.values():
                 self._tick_locked(consumers, now_ms)
             self._match_locked()
-            next_ms = self._expiry_ms
             for name, consumers in self._consumers.items():
-                is_behind = name in self._touched and consumers.subscription.is_behind
-                if now_ms < self._expiry_ms and not is_behind:
+                if name not in self._touched or not consumers.subscription.is_behind:
                     self._dismiss_locked(consumers, now_ms)
-                next_ms = min(next_ms, consumers.lease_deadlines.next_ms(),
-                              consumers.waiter_deadlines.next_ms(), consumers.delayed.next_ms())
+                next_ms = min(next_ms, consumers.next_ms())
             return next_ms - self._epoch_ms
 
     def _tick_locked(self, consumers: Consumers, now_ms: int) -> None:
-        """Take back what leases had out too long, make ready what was delayed: as much as one
-        hold of the lock may."""
+        """Take back what leases had out too long, make ready what was delayed, expel what is too
+        old: as much as one hold of the lock may."""
         if consumers.lease_deadlines.is_due(now_ms):
-            self.log.guard(lambda: self._end_leases_locked(consumers, now_ms))
+            self._end_leases_locked(consumers, now_ms)
         if consumers.delayed.is_due(now_ms):
-            self.log.guard(lambda: consumers.end_delays(now_ms))
+            consumers.end_delays(now_ms)
             self._touched.add(consumers.subscription.name)
+        self._expire_locked(consumers, now_ms)
 
     def _end_leases_locked(self, consumers: Consumers, now_ms: int) -> None:
         over: List[int] = []
@@ -3786,131 +3687,77 @@ class Queue:
     def _wake_locked(self, deadline_ms: int) -> None:
         self._wake_at(deadline_ms - self._epoch_ms)
 
-    def _expire_locked(self, now_ms: int) -> None:
-        """Expel what is older than `ttl`, in the order of the log, as far as one hold of the
-        lock may take (invariant 3)."""
-        if now_ms < self._expiry_ms:
+    def _expire_locked(self, consumers: Consumers, now_ms: int) -> None:
+        """Expel what is ready and older than `ttl`: the oldest comes first. What one hold of the
+        lock may not do stays due."""
+        if now_ms < consumers.expiry_ms:
             return
-        before = self._expired_id, self._expiry_at
-        try:
-            self._find_expired_locked(now_ms)
-            if self._expired_id > before[0]:
-                for name in self._consumers:
-                    self._expire_for_locked(name, before[0] + 1, self._expired_id)
-        except Exception:                    # no memory: once more, from there on
-            (self._expired_id, self._expiry_at), self._expiry_ms = before, 0
-            raise
+        count, size = max(1, AT_ONCE // len(self._consumers)), MIB
+        while now_ms >= consumers.expiry_ms and count > 0 and size > 0:
+            try:
+                run = self._look_locked(consumers, count)
+            except ApiError:                 # no memory to read it
+                consumers.expiry_ms = now_ms + POLL_S * 1000
+                break
+            old = [message for message in run if message.time_ms + self._ttl_ms <= now_ms]
+            if old:
+                consumers.take_out(old)
+                self._expel_locked(consumers, [message.id for message in old], expired=True)
+            elif run or not consumers.subscription.is_behind:
+                consumers.expiry_ms = (run[0].time_ms if run else now_ms) + self._ttl_ms
+            else:
+                break
+            count -= len(old)
+            size -= sum([message.size for message in old])
+        self._wake_locked(consumers.expiry_ms)
 
-    def _find_expired_locked(self, now_ms: int) -> None:
-        """Move `_expired_id` on, and find out when there is more to expire. Ids grow with time;
-        but a copy stands behind younger messages."""
-        limit, copied_id = max(1, AT_ONCE // len(self._consumers)), 0
-        for message in self._lives_locked(MIB):
-            while message.id > self._expired_id:
-                if copied_id <= self._expired_id:
-                    copied_id, limit = self._next_entry_locked(), limit - 1
-                oldest = message
-                if copied_id < message.id:
-                    oldest, limit = self._glance_locked(copied_id) or message, limit - 1
-                end_ms = min(NEVER, oldest.time_ms + (self.config.ttl or 0) * 1000)
-                self._expiry_ms = max(now_ms, end_ms)
-                if end_ms > now_ms or limit <= 0:
-                    return
-                self._expired_id = min(copied_id, message.id)
-                limit -= 1
-            self._expiry_at = message.offset + message.size
-        self._expiry_ms = now_ms             # there is more to be read
-
-    def _lives_locked(self, size: int) -> Iterator[Message]:
-        """Yield messages in the order of the log from `_expiry_at` on, and move it on; behind
-        the last one something that never ends."""
-        while size > 0:
-            start = self._expiry_at
-            messages, after = self.log.read(start, self.state.end)
-            yield from messages
-            if after == start:
-                yield Message(NEVER, NEVER, 0, b"", after, 0)
-                return
-            size -= _distance(start, after)
-            self._expiry_at = after
-
-    def _next_entry_locked(self) -> int:
-        return min(c.entries.next_id(self._expired_id) for c in self._consumers.values())
-
-    def _glance_locked(self, id_: int) -> Optional[Message]:
-        owner = next(c for c in self._consumers.values() if id_ in c.entries)
-        return self.log.glance(owner.entries[id_].offset)
-
-    def _expire_for_locked(self, subscriber: str, first: int, last: int) -> None:
-        consumers = self._consumers[subscriber]
-        subscription, before = consumers.subscription, consumers.subscription.held_count
-        if not before:
-            return
-        if self.config.dead_letter:
-            subscription.advance(last, last + 1)
-        among = consumers.entries.between(first, last)
-        out = [id_ for id_ in among if id_ in consumers.out]
-        if self.config.dead_letter:
-            self._expel_locked(subscriber, sorted(set(among).difference(out)), expired=True)
-            return
-        tail, marks = self.log.tail, []
-        for id_ in [*out, last + 1]:
-            if id_ > first:
-                marks.append(Mark(SETTLED, subscriber, first, id_ - 1, tail))
-            first = id_ + 1
-        self._mark_locked(marks, lambda: None)
-        self.expired_total += before - subscription.held_count
-
-    def _expel_locked(self, subscriber: str, ids: Sequence[int], *, expired: bool = False) -> None:
-        """Take messages that are entries, and not out, out of the queue: to be dead-lettered, or
-        gone."""
+    def _expel_locked(self, consumers: Consumers, ids: Sequence[int], *,
+                      expired: bool = False) -> None:
+        """Have messages that are out never come back: to be dead-lettered, or gone."""
         if expired:
             self.expired_total += len(ids)
         if self.config.dead_letter:
-            self.log.guard(lambda: self._let_die_locked(subscriber, ids))
+            consumers.dying.update(dict.fromkeys(ids))
         elif ids:
-            self._settle_runs_locked(subscriber, ids)
-            if not expired:
-                self._consumers[subscriber].dead_lettered_total += len(ids)
-
-    def _let_die_locked(self, subscriber: str, ids: Sequence[int]) -> None:
-        for message_id in ids:
-            self._consumers[subscriber].hold(message_id)
-            self._dying[subscriber, message_id] = True
+            self._settle_runs_locked(consumers.subscription.name, ids)
+            consumers.dead_lettered_total += 0 if expired else len(ids)
 
     def _expel_spent_locked(self) -> None:
         """After a start, for the limit may be a new one."""
-        most = self.config.max_deliveries
-        for name, consumers in self._consumers.items() if most else ():
-            self._expel_locked(name, [entry[0] for entry in consumers.entries
-                                      if entry[4] >= (most or 0)])
+        for consumers in self._consumers.values():
+            spent = [entry[0] for entry in consumers.entries if entry[4] >= self._most]
+            for id_ in spent:
+                consumers.make_ready(id_)
+            consumers.out.update(spent)
+            self._expel_locked(consumers, spent)
 
-    def dead_letters(self) -> List[Tuple[str, Message]]:
-        """Return the next messages to be dead-lettered, by subscriber; about a MiB at most."""
-        found: List[Tuple[str, Message]] = []
-        size = 0
+    @turn
+    def dead_letters(self) -> Optional[Delivery]:
+        """Return the next messages of a subscriber that are to be dead-lettered; about a MiB."""
         with self.lock:
-            for name, message_id in list(itertools.islice(self._dying, AT_ONCE)):
-                consumers = self._consumers[name]
-                known = message_id in consumers.out and message_id in consumers.entries
-                message = self._message_locked(consumers, message_id) if known else None
-                if message is None:          # its bytes went bad
-                    del self._dying[name, message_id]
-                    continue
-                found.append((name, message))
-                size += len(message.payload)
-                if size >= MIB:
-                    break
-        return found
+            for name, consumers in self._consumers.items():
+                messages: List[Message] = []
+                size = 0
+                for id_ in list(itertools.islice(consumers.dying, AT_ONCE)):
+                    message = self._message_locked(consumers, id_)
+                    messages += [message] if message else []
+                    size += len(message.payload) if message else 0
+                    if size >= MIB:
+                        break
+                if messages:
+                    return Delivery(name, messages, (), [message.id for message in messages])
+        return None
 
-    def bury(self, letters: Sequence[Tuple[str, Message]]) -> None:
+    @turn
+    def bury(self, letters: Delivery) -> None:
         """Forget dead letters that are safe in their new queue. Not durable on return."""
         with self.lock:
-            for name in {name for name, _ in letters}:
-                ids = [m.id for owner, m in letters if owner == name
-                       and self._dying.pop((name, m.id), False)]
-                self._settle_runs_locked(name, ids)
-                self._consumers[name].dead_lettered_total += len(ids)
+            consumers = self._consumers[letters.subscriber]
+            ids = [id_ for id_ in letters.ids if id_ in consumers.dying]
+            self._settle_runs_locked(letters.subscriber, ids)
+            for id_ in ids:
+                del consumers.dying[id_]
+            consumers.dead_lettered_total += len(ids)
 
     # -- numbers
 
@@ -4260,9 +4107,8 @@ class Syncers:
     `unserved` are logs for which no thread was to be had: who polls syncs them, once a round.
     """
 
-    def __init__(self, on_failure: Callable[[LogFailed], None]) -> None:
+    def __init__(self) -> None:
         self.unserved: Deque[Log] = collections.deque()
-        self._on_failure = on_failure
         self._logs: queues.SimpleQueue[Log] = queues.SimpleQueue()
         self._lock = threading.Lock()        # guards `_idle`
         self._idle = 0                       # threads that have no log, and none on its way
@@ -4289,13 +4135,13 @@ class Syncers:
             log = self._logs.get()
             try:
                 log.lead()
-            except LogFailed as failure:
-                self._on_failure(failure)
-            except Exception:                # no memory: those who wait still do
+            except MemoryError:              # those who wait still do
                 self._logs.put(log)
                 log_event.exception("sync_failed log=%s", log.path)
                 time.sleep(PAUSE_S)
                 continue
+            except LogFailed:
+                return
             with self._lock:
                 self._idle += 1
 
@@ -4303,21 +4149,20 @@ class Syncers:
 class Broker:
     """The queues of one data folder.
 
-    `on_failure` is called by whichever thread first meets a failed log; it does not return in
-    a server. Threads start with `recover` and end with `close`. `unready` says why the queues
-    are not served; None when they are. Who serves clients calls `end_round` after each round.
+    Threads start with `recover` and end with `close`. `unready` says why the queues are not
+    served; None when they are. Who serves clients calls `end_round` after each round.
     """
 
     def __init__(self, config: Config, on_failure: Callable[[LogFailed], None],
                  clock: Optional[Clock] = None) -> None:
         settings = config.settings
-        self.config, self.on_failure = config, on_failure
+        self.config = config
         self.unready: Optional[str] = RECOVERING
         self.tokens = {token.digest: token for token in config.tokens}
         self.space = Space(settings.path, settings.min_free_bytes)
         self.budget = Budget(settings.inflight_bytes, settings.max_message_bytes,
                              lambda: self._wake_at(0))
-        self.syncers = Syncers(on_failure)
+        self.syncers = Syncers()
         self.staging: Set[Queue] = set()     # queues that have something to write
         self._clock = clock or Clock()
         self._timing = threading.Condition()
@@ -4331,7 +4176,8 @@ class Broker:
                                         fsync=settings.fsync, clock=clock, space=self.space,
                                         subscribers=config.subscribers(item),
                                         budget=self.budget, staging=self.staging,
-                                        lead=self.syncers.lead, wake_at=self._wake_at,
+                                        lead=self.syncers.lead, on_failure=on_failure,
+                                        wake_at=self._wake_at,
                                         call_upkeep=self._called.set)
                        for item in config.queues}
         self._low_space = False
@@ -4429,9 +4275,6 @@ class Broker:
         def act() -> None:
             try:
                 result: Union[T, Exception] = work()
-            except LogFailed as failure:     # whoever asked may be gone
-                self.on_failure(failure)
-                result = failure
             except Exception as error:
                 result = error
             done(result)
@@ -4444,8 +4287,7 @@ class Broker:
         while not self._stopping.is_set():
             try:
                 work()
-            except LogFailed as failure:
-                self.on_failure(failure)
+            except LogFailed:
                 return
             except Exception:                # not for anything that a client or a disk can do
                 log_event.exception("thread_failed thread=%s", work.__name__)
@@ -4537,14 +4379,15 @@ class Broker:
     def _move_dead_letters(self, queue: Queue) -> None:
         """Put dead letters where they belong, then settle them: a crash between repeats them.
         Never holds two queues' locks."""
-        for letters in iter(queue.dead_letters, []):
-            if self._stopping.is_set():
-                return
-            target = self.queues[queue.config.dead_letter or ""]
+        while not self._stopping.is_set():
             try:
+                letters = queue.dead_letters()
+                if letters is None:
+                    return
+                target = self.queues[queue.config.dead_letter or ""]
                 if self.space.free_bytes() < self.space.min_free_bytes // 2:
                     raise DiskFull           # or they would fill it, and nothing could free it
-                target.put([message.payload for _, message in letters], limited=False)
+                target.put([message.payload for message in letters.messages], limited=False)
                 target.log.sync(target.log.appends)      # whatever `fsync` says: they were durable
             except (ApiError, DiskFull) as error:    # they stay where they are, to be tried again
                 if queue.config.name not in self._stuck:
@@ -5034,18 +4877,15 @@ def split_lines(body: bytes) -> List[bytes]:
 
 
 def take(call: Call) -> Optional[Answer]:
-    queue, subscriber, wait_s = call.queue, call.subscriber, call.number("wait")
-    if not wait_s:
-        with contextlib.suppress(Behind):
-            return answer_with(queue, queue.take(subscriber, call.route.wish, at_once=True))
+    queue, subscriber, wait_s = call.queue, call.route.subscriber, call.number("wait")
+    if wait_s and call.client.is_gone():
+        return answer_with(queue, None)
 
     def answer(delivery: Optional[Delivery]) -> None:
         draining = delivery is None and call.service.broker.unready
         finish(call, lambda: error_answer(unready(draining)) if draining
                else answer_with(queue, delivery))
 
-    if wait_s and call.client.is_gone():
-        return answer_with(queue, None)
     waiter = Waiter(call.route.wish, wait_s, answer, call.client.is_gone)
     delivery = queue.take(subscriber, call.route.wish, waiter)
     if delivery or not waiter.deadline_ms:
@@ -5069,7 +4909,7 @@ def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
         return render_delivery(queue, delivery)
     except Exception:
         if delivery:
-            queue.put_back(delivery)
+            queue.retry(delivery)
         raise
 
 
@@ -5079,7 +4919,7 @@ def render_delivery(queue: Queue, delivery: Optional[Delivery]) -> Answer:
         return Answer(404, b"Queue is empty\n", TEXT + b"Message-Count: 0\r\n")
     first, body, content_type = delivery.messages[0], b"", queue.content_type
     headers = b"Message-Id: %d\r\nMessage-Age: %d\r\nDelivery-Count: %d\r\n" % (
-        first.id, max(0, queue.now_ms() - first.time_ms) // 1000, delivery.counts[0] + 1)
+        first.id, max(0, queue.now_ms() - first.time_ms) // 1000, delivery.counts[0])
     if delivery.as_lines:
         content_type = b"Content-Type: %b\r\n" % NDJSON
         headers += b"Message-Count: %d\r\n" % len(delivery.messages)
@@ -5107,23 +4947,6 @@ def extend(call: Call) -> Answer:
     return Answer()
 
 
-def peek(call: Call) -> Optional[Answer]:
-    def look() -> Answer:
-        delivery = call.queue.peek(call.route.subscriber, call.route.wish, at_once=True)
-        return render_delivery(call.queue, delivery)._replace(taken=None)
-
-    def done(result: Union[Answer, Exception]) -> None:
-        if isinstance(result, Behind):       # reading on may take long: others have their turn
-            call.service.broker.read(look, done)
-        else:
-            call.client.finish_with(result)
-    try:
-        return look()
-    except Behind as behind:
-        done(behind)
-        return None
-
-
 def compact(call: Call) -> None:
     def done(error: Optional[Exception]) -> None:
         call.client.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
@@ -5142,7 +4965,7 @@ def backup(call: Call) -> None:
 def purge(call: Call) -> None:
     queue, count = call.queue, call.queue.purge()
 
-    def done(failure: Optional[Exception]) -> None:
+    def done(failure: Optional[Exception] = None) -> None:
         owed = ApiError(503, "Dropped, but the disk has no space to note it: a restart brings it "
                              "back; free some space, purge again") if queue.owed else None
         call.client.finish_with(failure or owed or Answer(200, b"%d\n" % count, TEXT))
@@ -5222,7 +5045,7 @@ ACTIONS: Mapping[str, Action] = {
                    {"lease": LEASE, "delay": DELAY}),
     "extend": Action(("POST",), "get", extend, "POST: a lease ends in so many seconds from now",
                      {"lease": LEASE, "seconds": LEASE_SECONDS._replace(required=True)}),
-    "peek": Action(GET_OR_HEAD, "peek", peek, "GET: look at the oldest message without taking it",
+    "peek": Action(GET_OR_HEAD, "peek", take, "GET: look at the oldest message without taking it",
                    {"max": MAX}),
     "compact": Action(GET_OR_POST, "admin", compact,
                       "GET: free the space of what is done"),
@@ -5263,7 +5086,8 @@ def find_route(broker: Broker, request: Request, client: Client) -> Route:
     most = broker.config.settings.max_message_bytes
     if route.action.permission:
         numbers = parse_parameters(request.query, route.action)
-        wish = Wish(numbers.get("max", 0), most, numbers.get("lease", 0))
+        wish = Wish(numbers.get("max", 0), most, numbers.get("lease", 0),
+                    route.action.permission == "peek")
         route = route._replace(parameters=numbers, wish=wish)
     if request.has_body and not route.action.before_body:
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
@@ -5766,8 +5590,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         ms=round((time.monotonic() - self._started) * 1000, 3))
 
     def _answer_to(self, error: Exception) -> Answer:
-        if isinstance(error, LogFailed):
-            self.poll.service.broker.on_failure(error)
         if not isinstance(error, (ApiError, DiskFull)):      # nothing that a client can do
             log_event.error("request_failed client=%s", self.peer, exc_info=error)
         return error_answer(error)
@@ -6002,8 +5824,6 @@ class Poll:
         """Have a connection do something; what goes wrong then ends it, and the others go on."""
         try:
             act(*arguments)
-        except LogFailed as failure:
-            self.service.broker.on_failure(failure)
         except Exception:                    # not for anything that a client or a disk can do
             log_event.exception("connection_failed client=%s", handler.peer)
             handler.close()
@@ -6060,8 +5880,6 @@ class Server(http.server.ThreadingHTTPServer):
             while self._drain_until == math.inf or not self._is_drained():
                 try:
                     self.serve_round(poll_interval)
-                except LogFailed as failure:
-                    self.broker.on_failure(failure)
                 except Exception:            # not for anything that a client or a disk can do
                     self.poll.look_again()
                     log_event.exception("serving_failed")

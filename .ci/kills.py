@@ -136,7 +136,7 @@ class Worker:
     def take(self, consumer: str, wish: mq.Wish = mq.ONE) -> Optional[mq.Delivery]:
         delivery = self.queue.take(wish=wish)
         for message, count in zip(delivery.messages, delivery.counts) if delivery else ():
-            self.tell("delivered", consumer, message.payload, message.id, count + 1)
+            self.tell("delivered", consumer, message.payload, message.id, count)
         return delivery
 
     def settle(self, consumer: str, delivery: Optional[mq.Delivery]) -> None:
