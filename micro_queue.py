@@ -204,54 +204,61 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Check(NamedTuple):
-    """What a field's value may be, and how a refusal calls that. Null where it is the default."""
-
-    good: Callable[[Any], object]
-    what: str
+def _must(good: object, path: str, what: str) -> None:
+    if not good:
+        raise ConfigError(f"{path}: {what}")
 
 
-def _field(check: Check, default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"check": check})
+def _field(good: Callable[[Any], object], what: str, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a field: which values are good, and how a refusal calls those. Its default is, too;
+    with None, null may stand there."""
+    def read(value: Any, path: str) -> Any:
+        _must(value is not dataclasses.MISSING, path, "is missing")
+        _must(value is default or good(value), path,
+              f"must be {what}{' or null' if default is None else ''}")
+        return tuple(value) if isinstance(value, list) else value
+    return dataclasses.field(default=default, metadata={"read": read})
 
 
-def _whole(low: int, high: int) -> Check:
-    return Check(lambda value: type(value) is int and low <= value <= high,
-                 f"a whole number from {low} to {high}")
+def _whole(low: int, high: int, default: Optional[int]) -> Any:
+    return _field(lambda value: type(value) is int and low <= value <= high,
+                  f"a whole number from {low} to {high}", default)
 
 
-def _text(pattern: str, what: str) -> Check:
-    return Check(lambda value: isinstance(value, str) and value.isprintable()
-                 and re.fullmatch(pattern, value), what)
+def _text(pattern: str, what: str, default: Any = dataclasses.MISSING) -> Any:
+    return _field(lambda value: isinstance(value, str) and value.isprintable()
+                  and re.fullmatch(pattern, value), what, default)
 
 
-_flag = Check(lambda value: isinstance(value, bool), "true or false")
-_names = Check(lambda value: isinstance(value, list)
-               and all(isinstance(name, str) for name in value), "a list of queue names")
-_queue_name = _text(QUEUE_NAME.pattern, "1 to 50 letters, digits or hyphens")
-_path = _text(r"(?s)[^~].*", "a path; ~ is not expanded")
-_address = _text(r"[0-9A-Za-z._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Za-z.:%_-]*",
-                 "a host name or address, without a port")
+def _flag() -> Any:
+    return _field(lambda value: isinstance(value, bool), "true or false", False)
+
+
+def _names() -> Any:
+    return _field(lambda value: isinstance(value, list)
+                  and all(isinstance(name, str) for name in value), "a list of queue names", ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What holds for the whole server; times in seconds, sizes in bytes."""
 
-    listen_address: str = _field(_address, "127.0.0.1")
-    listen_port: int = _field(_whole(0, 65535), 10000)
-    path: str = _field(_path, "/tmp/micro_queue")
-    metric_exporter: bool = _field(_flag, False)
-    fsync: str = _field(_text("always|everysec|no", '"always", "everysec" or "no"'), "always")
-    max_message_bytes: int = _field(_whole(1, MAX_MESSAGE_BYTES), 16 * MIB)
-    min_free_bytes: int = _field(_whole(0, 1 << 50), 16 * MIB)
-    max_connections: int = _field(_whole(1, 65536), 1024)
-    max_inflight_bytes: Optional[int] = _field(_whole(2, 1 << 50), None)
-    request_timeout: int = _field(_whole(1, 3600), 30)
-    idle_timeout: int = _field(_whole(1, 86400), 75)
-    standby: bool = _field(_flag, False)
-    tls_cert: Optional[str] = _field(_text(".+", "a path"), None)
-    tls_key: Optional[str] = _field(_text(".+", "a path"), None)
+    listen_address: str = _text(
+        r"[0-9A-Za-z._-]+|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Za-z.:%_-]*",
+        "a host name or address, without a port", default="127.0.0.1")
+    listen_port: int = _whole(0, 65535, default=10000)
+    path: str = _text(r"(?s)[^~].*", "a path; ~ is not expanded", default="/tmp/micro_queue")
+    metric_exporter: bool = _flag()
+    fsync: str = _text("always|everysec|no", '"always", "everysec" or "no"', default="always")
+    max_message_bytes: int = _whole(1, MAX_MESSAGE_BYTES, default=16 * MIB)
+    min_free_bytes: int = _whole(0, 1 << 50, default=16 * MIB)
+    max_connections: int = _whole(1, 65536, default=1024)
+    max_inflight_bytes: Optional[int] = _whole(2, 1 << 50, default=None)
+    request_timeout: int = _whole(1, 3600, default=30)
+    idle_timeout: int = _whole(1, 86400, default=75)
+    standby: bool = _flag()
+    tls_cert: Optional[str] = _text(".+", "a path", default=None)
+    tls_key: Optional[str] = _text(".+", "a path", default=None)
 
     @property
     def inflight_bytes(self) -> int:
@@ -263,28 +270,28 @@ class Settings:
 class QueueConfig:
     """One queue; `ttl` in seconds."""
 
-    name: str = _field(_queue_name)
-    kind: str = _field(_text("fifo|broadcast", '"fifo" or "broadcast"'), "fifo")
-    content_type: str = _field(_text(r"[!-~]([ -~]{0,126}[!-~])?", "a media type"),
-                               "application/json")
-    max_messages: Optional[int] = _field(_whole(1, 1 << 50), None)
-    max_bytes: Optional[int] = _field(_whole(1, 1 << 50), None)
-    ttl: Optional[int] = _field(_whole(1, 1 << 32), None)
-    max_deliveries: Optional[int] = _field(_whole(1, 1 << 31), None)
-    dead_letter: Optional[str] = _field(_text(QUEUE_NAME.pattern, "a queue's name"), None)
+    name: str = _text(QUEUE_NAME.pattern, "1 to 50 letters, digits or hyphens")
+    kind: str = _text("fifo|broadcast", '"fifo" or "broadcast"', default="fifo")
+    content_type: str = _text(r"[!-~]([ -~]{0,126}[!-~])?", "a media type",
+                              default="application/json")
+    max_messages: Optional[int] = _whole(1, 1 << 50, default=None)
+    max_bytes: Optional[int] = _whole(1, 1 << 50, default=None)
+    ttl: Optional[int] = _whole(1, 1 << 32, default=None)
+    max_deliveries: Optional[int] = _whole(1, 1 << 31, default=None)
+    dead_letter: Optional[str] = _text(QUEUE_NAME.pattern, "a queue's name", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
     """Who may do what. `parse_config` keeps of the secret only its sha256."""
 
-    name: str = _field(_text(".{1,100}", "1 to 100 printable characters"))
-    token: Optional[str] = _field(
-        _text("[!-~]{20,500}", "20 to 500 visible ASCII characters, e.g. a UUID"), None)
-    token_sha256: Optional[str] = _field(_text("[0-9a-fA-F]{64}", "64 hex digits"), None)
-    post: Sequence[str] = _field(_names, ())
-    get: Sequence[str] = _field(_names, ())
-    admin: bool = _field(_flag, False)
+    name: str = _text(".{1,100}", "1 to 100 printable characters")
+    token: Optional[str] = _text("[!-~]{20,500}", "20 to 500 visible ASCII characters, "
+                                 "e.g. a UUID", default=None)
+    token_sha256: Optional[str] = _text("[0-9a-fA-F]{64}", "64 hex digits", default=None)
+    post: Sequence[str] = _names()
+    get: Sequence[str] = _names()
+    admin: bool = _flag()
 
     @property
     def digest(self) -> bytes:
@@ -314,10 +321,8 @@ class Config:
 
 
 def _object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    found: Dict[str, Any] = {}
-    for key, value in pairs:
-        found[key] = TWICE if key in found else value
-    return found
+    counts = collections.Counter(key for key, _ in pairs)
+    return {key: value if counts[key] == 1 else TWICE for key, value in pairs}
 
 
 def load_config(path: str) -> Config:
@@ -325,10 +330,9 @@ def load_config(path: str) -> Config:
     try:
         with open(path, "rb") as file:
             text = file.read()
+        value = json.loads(text, object_pairs_hook=_object)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         advice = "" if text.lstrip().startswith(b"{") else (
             "; YAML is converted with `yq . FILE > config.json` (Debian's yq) or "
@@ -339,90 +343,78 @@ def load_config(path: str) -> Config:
 
 def parse_config(value: Any) -> Config:
     """Check a parsed JSON document. Raises ConfigError."""
-    _check_keys(value, "config", {"settings", "queues", "tokens"})
-    settings = _build(Settings, value.get("settings", {}), "settings")
-    config = Config(settings, _build_all(QueueConfig, value, "queues"),
-                    _build_all(Token, value, "tokens"))
-    _check_unique("queues", "name", [queue.name for queue in config.queues])
-    _check_unique("tokens", "name", [token.name for token in config.tokens])
-    for key in ("standby", "tls_cert", "tls_key"):
-        if getattr(settings, key):
-            raise ConfigError(f"settings.{key}: is not supported yet")
-    if settings.inflight_bytes < 2 * settings.max_message_bytes:
-        raise ConfigError("settings.max_inflight_bytes: must be at least twice max_message_bytes "
-                          f"({settings.max_message_bytes}), or null")
-    _check_dead_letters(config)
+    _check_keys(value, "config", ("queues", "settings", "tokens"))
+    config = Config(_build(Settings, value.get("settings", {}), "settings"),
+                    _build_all(QueueConfig, value, "queues"), _build_all(Token, value, "tokens"))
+    _check_settings(config.settings)
+    _check_queues(config)
     _check_tokens(config)
-    for number, queue in enumerate(config.queues):
-        if not config.subscribers(queue):
-            raise ConfigError(f"queues[{number}].kind: a broadcast queue needs a subscriber: a "
-                              f"token without admin that has {queue.name} in its get")
     tokens = tuple(dataclasses.replace(token, token=None, token_sha256=token.digest.hex())
                    for token in config.tokens)
     return dataclasses.replace(config, tokens=tokens)
 
 
-def _check_keys(value: Any, path: str, known: Iterable[str]) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
+def _check_keys(value: Any, path: str, known: Collection[str]) -> None:
+    _must(isinstance(value, dict), path, "must be a JSON object")
     for key, item in value.items():
-        if item is TWICE:
-            raise ConfigError(f"{path}.{key}: stands there twice; remove one")
-        if key not in known:
-            raise ConfigError(f"{path}.{key}: unknown key; known are {', '.join(sorted(known))}")
+        _must(item is not TWICE, f"{path}.{key}", "stands there twice; remove one")
+        _must(key in known, f"{path}.{key}", f"unknown key; known are {', '.join(sorted(known))}")
 
 
 def _build(cls: Type[T], value: Any, path: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     _check_keys(value, path, fields)
-    for name, field in fields.items():
-        if name in value:
-            check, null = field.metadata["check"], field.default is None
-            if not (check.good(value[name]) or (null and value[name] is None)):
-                raise ConfigError(f"{path}.{name}: must be {check.what}{' or null' * null}")
-        elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"{path}.{name}: is missing")
-    return cls(**{key: tuple(item) if isinstance(item, list) else item
-                  for key, item in value.items()})
+    return cls(**{name: field.metadata["read"](value.get(name, field.default), f"{path}.{name}")
+                  for name, field in fields.items()})
 
 
 def _build_all(cls: Type[T], config: Mapping[str, Any], key: str) -> Sequence[T]:
     items = config.get(key)
-    if not isinstance(items, list) or not items:
-        raise ConfigError(f"{key}: must be a list with at least one entry")
-    return tuple(_build(cls, item, f"{key}[{number}]") for number, item in enumerate(items))
+    _must(isinstance(items, list) and items, key, "must be a list with at least one entry")
+    return tuple(_build(cls, item, f"{key}[{n}]") for n, item in enumerate(items or ()))
 
 
 def _check_unique(path: str, key: str, values: Sequence[object]) -> None:
     for number, value in enumerate(values):
         first = values.index(value)
-        if first != number:
-            raise ConfigError(f"{path}[{number}].{key}: is the same as {path}[{first}].{key}")
+        _must(first == number, f"{path}[{number}].{key}", f"is the same as {path}[{first}].{key}")
 
 
-def _check_dead_letters(config: Config) -> None:
+def _check_named(name: str, names: Collection[str], path: str) -> None:
+    _must(name in names, path, f"no queue is named {json.dumps(name)}")
+
+
+def _check_settings(settings: Settings) -> None:
+    for key in ("standby", "tls_cert", "tls_key"):
+        _must(not getattr(settings, key), f"settings.{key}", "is not supported yet")
+    _must(settings.inflight_bytes >= 2 * settings.max_message_bytes, "settings.max_inflight_bytes",
+          f"must be at least twice max_message_bytes ({settings.max_message_bytes}), or null")
+
+
+def _check_queues(config: Config) -> None:
+    _check_unique("queues", "name", [queue.name for queue in config.queues])
     targets = {queue.name: queue.dead_letter for queue in config.queues}
     for number, queue in enumerate(config.queues):
-        path, seen, target = f"queues[{number}].dead_letter", {queue.name}, queue.dead_letter
-        while target is not None:
-            if target not in targets:
-                raise ConfigError(f"{path}: no queue is named {json.dumps(target)}")
-            if target in seen:
-                raise ConfigError(f"{path}: dead letters would go round in a circle; end it")
-            seen.add(target)
-            target = targets[target]
+        path, name, seen = f"queues[{number}].dead_letter", queue.dead_letter, {queue.name}
+        _must(config.subscribers(queue), f"queues[{number}].kind", "a broadcast queue needs a "
+              f"subscriber: a token without admin that has {queue.name} in its get")
+        while name is not None:
+            _check_named(name, targets, path)
+            _must(name not in seen, path, "dead letters would go round in a circle; end it")
+            seen.add(name)
+            name = targets[name]
 
 
 def _check_tokens(config: Config) -> None:
+    _check_unique("tokens", "name", [token.name for token in config.tokens])
     names = {queue.name for queue in config.queues}
     for number, token in enumerate(config.tokens):
-        if (token.token is None) == (token.token_sha256 is None):
-            raise ConfigError(f"tokens[{number}]: needs exactly one of token and token_sha256")
+        path = f"tokens[{number}]"
+        _must((token.token is None) != (token.token_sha256 is None), path,
+              "needs exactly one of token and token_sha256")
         for key in ("post", "get"):
             for place, name in enumerate(getattr(token, key)):
-                if name not in names:
-                    raise ConfigError(
-                        f"tokens[{number}].{key}[{place}]: no queue is named {json.dumps(name)}")
+                _check_named(name, names, f"{path}.{key}[{place}]")
     _check_unique("tokens", "token", [token.digest for token in config.tokens])
 
 
