@@ -40,8 +40,8 @@ anything. At the end of a round each queue writes what it was told, and each con
 answers. An answer that is late is handed to that thread by whoever has it.
 
 Lock order: Log._one_sync, Queue.lock, Log._commit, then Budget._lock, Broker._timing;
-Syncers._lock and Broker._jobs_lock stand alone. Never two queues' locks at once, and no lock that
-a take needs is held while a disk syncs.
+Syncers._lock stands alone. Never two queues' locks at once, and no lock that a take needs is
+held while a disk syncs.
 
 Contents: Constants and errors, Config, Records, Log, State, Queue, Broker, Metrics, HTTP messages,
 Actions, Connection, Server, main.
@@ -4086,11 +4086,13 @@ UPKEEP_S = 1                     # how often syncs are made that nobody waits fo
 
 
 class Job(NamedTuple):
-    """Steps that upkeep does for a queue. `done` is called once, with what went wrong, if
-    anything did."""
+    """Steps that upkeep does for a queue; of its compactions it does the first, for all. Whoever
+    waits for the end is called with what went wrong, if anything did."""
 
+    queue: Queue
     steps: Steps[object]
-    done: Callable[[Optional[Exception]], None] = lambda _: None
+    waiting: Iterator[Callable[[Optional[Exception]], None]]     # which tells of each but once
+    is_compaction: bool
 
 
 class Syncers:
@@ -4160,9 +4162,7 @@ class Broker:
         self._timing = threading.Condition()
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
         self._called = threading.Event()     # upkeep is wanted before its second is over
-        self._jobs: Dict[str, List[Job]] = {}            # by queue, the first under way
-        self._compacting: Dict[str, List[Callable[[Optional[Exception]], None]]] = {}
-        self._jobs_lock = threading.Lock()   # guards both, but for what only upkeep does
+        self._jobs: List[Job] = []           # only upkeep takes one out; a queue's first is begun
         self._reads: queues.SimpleQueue[Optional[Callable[[], None]]] = queues.SimpleQueue()
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
                                         fsync=settings.fsync, clock=clock, space=self.space,
@@ -4212,35 +4212,19 @@ class Broker:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        for jobs in self._jobs.values():
-            for job in jobs:
-                job.steps.close()
-                job.done(CompactionFailed("the server is stopping"))
-        done = [queue.close() for queue in self.queues.values()]
-        return all(done)
+        for job in self._jobs:
+            job.steps.close()
+            for done in job.waiting:
+                done(CompactionFailed("the server is stopping"))
+        clean = [queue.close() for queue in self.queues.values()]
+        return all(clean)
 
     def do(self, queue: Queue, steps: Steps[object],
-           done: Callable[[Optional[Exception]], None] = lambda _: None) -> None:
+           done: Callable[[Optional[Exception]], None] = lambda _: None, *,
+           is_compaction: bool = False) -> None:
         """Have upkeep do steps for a queue, behind those that it does already."""
-        with self._jobs_lock:
-            self._jobs.setdefault(queue.config.name, []).append(Job(steps, done))
+        self._jobs.append(Job(queue, steps, iter([done]), is_compaction))
         self._called.set()
-
-    def compact(self, queue: Queue, done: Callable[[Optional[Exception]], None]) -> None:
-        """Have upkeep compact a queue. Who asks while it does waits for the same."""
-        name = queue.config.name
-        with self._jobs_lock:
-            waiting = self._compacting.setdefault(name, [])
-            waiting.append(done)
-            if len(waiting) > 1:
-                return
-
-        def tell(error: Optional[Exception]) -> None:
-            with self._jobs_lock:
-                waiting = self._compacting.pop(name, [])
-            for done in waiting:
-                done(error)
-        self.do(queue, queue.compact(), tell)
 
     def end_round(self) -> None:
         """Write what the queues were told in this round. Does not wait for a disk, unless there
@@ -4255,12 +4239,9 @@ class Broker:
         """Answer all who wait: for a message with None, for a compaction that it failed."""
         for queue in self.queues.values():
             queue.dismiss()
-        with self._jobs_lock:
-            waiting = list(itertools.chain(*self._compacting.values()))
-            for several in self._compacting.values():
-                several.clear()
-        for done in waiting:
-            done(CompactionFailed("the server is stopping; what was freed is"))
+        for job in list(self._jobs):
+            for done in job.waiting if job.is_compaction else ():
+                done(CompactionFailed("the server is stopping; what was freed is"))
 
     def read(self, work: Callable[[], T], done: Callable[[Union[T, Exception]], None]) -> None:
         """Have another thread do what waits for a disk; `done` gets what it gives or raises."""
@@ -4319,7 +4300,8 @@ class Broker:
                 self._called.clear()
                 for queue in self.queues.values():
                     queue.prepare()
-            rests_s = [self._step(name) for name in list(self._jobs)]
+            firsts = {job.queue: job for job in reversed(self._jobs)}
+            rests_s = [self._step(job) for job in firsts.values()]
             left_s = max(0, next_s - time.monotonic())
             if rests_s:                      # none may keep the syncs of each second waiting
                 self._stopping.wait(min(max(rests_s), left_s))
@@ -4328,17 +4310,17 @@ class Broker:
 
     def _each_second(self) -> None:
         self._watch_space()
-        for name, queue in self.queues.items():
+        busy = {job.queue for job in self._jobs}
+        for queue in self.queues.values():
             if queue.log.fsync == "everysec":
                 queue.log.sync()
             if queue.log.fsync != "no":
                 queue.log.sync_marks()
-            if name not in self._jobs:
+            if queue not in busy:
                 self.do(queue, queue.upkeep())
 
-    def _step(self, name: str) -> float:
-        """Do a step of a queue's first job; return for how long to rest."""
-        job = self._jobs[name][0]
+    def _step(self, job: Job) -> float:
+        """Do a step of a job; return for how long to rest."""
         failed: Optional[Exception] = None
         try:
             return next(job.steps)
@@ -4346,17 +4328,18 @@ class Broker:
             pass
         except CompactionFailed as error:
             failed = error
-            event(logging.WARNING, "compaction_failed", queue=name, error=error)
+            event(logging.WARNING, "compaction_failed", queue=job.queue.config.name, error=error)
         except LogFailed:
             raise
         except Exception as error:           # the others go on, and this one's next job
             failed = error
-            log_event.exception("upkeep_failed queue=%s", name)
-        with self._jobs_lock:
-            self._jobs[name].pop(0)
-            if not self._jobs[name]:
-                del self._jobs[name]
-        job.done(failed)
+            log_event.exception("upkeep_failed queue=%s", job.queue.config.name)
+        for other in list(self._jobs):
+            if other is job or (other.queue is job.queue
+                                and other.is_compaction and job.is_compaction):
+                self._jobs.remove(other)
+                for done in other.waiting:
+                    done(failed)
         return 0
 
     def _reader(self) -> None:
@@ -4942,7 +4925,7 @@ def extend(call: Call) -> Answer:
 def compact(call: Call) -> None:
     def done(error: Optional[Exception]) -> None:
         call.client.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
-    call.service.broker.compact(call.queue, done)
+    call.service.broker.do(call.queue, call.queue.compact(), done, is_compaction=True)
 
 
 def backup(call: Call) -> None:

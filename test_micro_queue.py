@@ -7690,7 +7690,7 @@ class UpkeepTest(ServerTest):
             with unittest.mock.patch.object(self.queue, "compact",
                                             lambda outcome=outcome: slowly(outcome)):
                 wires = [self.wire().send(request("GET", "/compact/fetcher")) for _ in range(3)]
-                eventually(lambda: len(next(iter(self.broker._compacting.values()), ())) == 3)
+                eventually(lambda: sum(job.is_compaction for job in list(self.broker._jobs)) == 3)
                 self.call("GET", "/compact/manager-reload")
                 go_on.set()
                 self.assertEqual([wire.answer().status for wire in wires], [outcome] * 3)
@@ -7701,7 +7701,7 @@ class UpkeepTest(ServerTest):
     def test_a_stop_does_not_wait_for_a_compaction_but_answers_those_who_do(self):
         with unittest.mock.patch.object(self.queue, "compact", lambda: self.endless(0.001)):
             wires = [self.wire().send(request("GET", "/compact/fetcher")) for _ in range(2)]
-            eventually(lambda: len(next(iter(self.broker._compacting.values()), ())) == 2)
+            eventually(lambda: sum(job.is_compaction for job in list(self.broker._jobs)) == 2)
             started = time.monotonic()
             self.assertTrue(self.server.drain())
         self.assertLess(time.monotonic() - started, mq.DRAIN_S)
