@@ -2611,6 +2611,7 @@ AT_ONCE_LEASES = 16              # a lease may have a thousand messages
 KEY_BITS = 96                    # of a lease's key
 TAR_BLOCK_BYTES, TAR_END_BYTES = 512, 1024
 PIECE_BYTES = 256 * KIB          # of a stream: so much of it is in memory
+OLDEST = "oldest_message_age_seconds"
 EMPTY_BYTES = FIRST + HEAD.size + START_PAYLOAD.size     # of a segment without messages
 
 
@@ -3754,18 +3755,20 @@ class Queue:
     # -- numbers
 
     def numbers(self) -> Dict[str, Any]:
-        """Return what there is to tell, by the names of the metrics; `subscribers` by name."""
+        """Return what there is to tell, by the names of the metrics: of each of the `subscribers`,
+        and of all together."""
         self.tick()
         with self.lock:
             self._write_settled_locked()
-            return {"kind": self.config.kind,
-                    "subscribers": {name: self._numbers_locked(name) for name in self._consumers},
+            each = {name: self._numbers_locked(name) for name in self._consumers}
+            first, *_ = each.values()
+            total = {key: (max if key == OLDEST else sum)(n[key] for n in each.values())
+                     for key in first}
+            return {**total, "kind": self.config.kind, "subscribers": each,
                     "log_bytes": self.log.size, "messages_in_total": self.in_total,
                     "messages_out_total": self.out_total,
                     "messages_redelivered_total": self.redelivered_total,
                     "messages_expired_total": self.expired_total,
-                    "messages_dead_lettered_total": sum(
-                        consumers.dead_lettered_total for consumers in self._consumers.values()),
                     "corrupt_records_total": self.log.corrupt_records,
                     "compactions_total": self.compactions_total}
 
@@ -3774,8 +3777,7 @@ class Queue:
         time_ms = consumers.subscription.oldest_ms()
         age_ms = 0 if time_ms is None else max(0, self.now_ms() - time_ms)
         return {"ready": consumers.ready_count, "leased": len(consumers.out),
-                "delayed": consumers.entries.delayed,
-                "oldest_message_age_seconds": age_ms / 1000,
+                "delayed": consumers.entries.delayed, OLDEST: age_ms / 1000,
                 "messages_dead_lettered_total": consumers.dead_lettered_total}
 
     def backup(self) -> Stream:
@@ -4394,13 +4396,13 @@ class Broker:
 # ---- Metrics ------------------------------------------------------------------------------
 # One table, one pure function. The names of the first two are the Go server's.
 
-Sample = Tuple[Mapping[str, str], float]
+Sample = Tuple[str, Mapping[str, str], float]            # name, labels, value
 PREFIX = "oxl_micro_queue_"
 METRICS: Sequence[Tuple[str, str, str]] = (
     (PREFIX + "messages_in_total", "counter", "Total number of messages put into a queue"),
     (PREFIX + "messages_out_total", "counter", "Total number of messages taken out of a queue"),
     (PREFIX + "messages", "gauge", "Messages that are ready, leased or delayed"),
-    (PREFIX + "oldest_message_age_seconds", "gauge", "Age of the oldest message, 0 when empty"),
+    (PREFIX + OLDEST, "gauge", "Age of the oldest message, 0 when empty"),
     (PREFIX + "log_bytes", "gauge", "Size of a queue's files"),
     (PREFIX + "messages_redelivered_total", "counter", "Messages that came back to be taken again"),
     (PREFIX + "messages_expired_total", "counter", "Messages that grew older than ttl"),
@@ -4417,60 +4419,49 @@ METRICS: Sequence[Tuple[str, str, str]] = (
 )
 
 
-def render_metrics(samples: Mapping[str, Sequence[Sample]]) -> bytes:
+def render_metrics(samples: Iterable[Sample]) -> bytes:
     """Return the Prometheus text format 0.0.4; a summary's parts are named by its suffixes."""
-    lines = []
+    lines: Dict[str, List[str]] = collections.defaultdict(list)
+    for name, labels, value in samples:
+        # Printable all of them: JSON escapes what Prometheus wants escaped, and no more.
+        pairs = ",".join(f"{key}={json.dumps(item, ensure_ascii=False)}"
+                         for key, item in labels.items())
+        lines[name].append(f"{name}{'{' + pairs + '}' if pairs else ''} {value!r}\n")
+    text = ""
     for name, kind, help_text in METRICS:
-        lines.append(f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n")
-        for suffix in ("_sum", "_count") if kind == "summary" else ("",):
-            for labels, value in samples.get(name + suffix, ()):
-                # Printable all of them: JSON escapes what Prometheus wants escaped, and no more.
-                text = ",".join(f"{key}={json.dumps(item, ensure_ascii=False)}"
-                                for key, item in labels.items())
-                lines.append(f"{name}{suffix}{'{' + text + '}' if text else ''} {value!r}\n")
-    return "".join(lines).encode()
+        text += f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n"
+        text += "".join(lines[name] + lines[name + "_sum"] + lines[name + "_count"])
+    return text.encode()
 
 
-def all_samples(broker: Broker, answered: Mapping[Tuple[str, int], int]
-                ) -> Mapping[str, Sequence[Sample]]:
-    """Return the samples of all metrics; `answered` counts requests by action and status."""
-    found = process_samples()
+def all_samples(broker: Broker, answered: Mapping[Tuple[str, int], int]) -> Iterator[Sample]:
+    """Yield the samples of all metrics; `answered` counts requests by action and status."""
     logs = [queue.log for queue in broker.queues.values()]
-    found[PREFIX + "http_requests_total"] = [
-        ({"action": action, "code": str(code)}, count)
-        for (action, code), count in sorted(answered.items())]
-    found[PREFIX + "fsync_duration_seconds_sum"] = [({}, sum(log.sync_seconds for log in logs))]
-    found[PREFIX + "fsync_duration_seconds_count"] = [({}, sum(log.syncs for log in logs))]
-    found[PREFIX + "active"] = [({}, int(broker.unready is None))]
-    found[PREFIX + "build_info"] = [({"version": __version__}, 1)]
-    for name, queue in broker.queues.items() if broker.unready is None else ():
-        for metric, samples in queue_samples(name, queue.numbers()).items():
-            found.setdefault(PREFIX + metric, []).extend(samples)
-    return found
-
-
-def queue_samples(name: str, numbers: Mapping[str, Any]) -> Dict[str, List[Sample]]:
-    """Return what `Queue.numbers` tells as samples, by metric name without its prefix."""
-    found: Dict[str, List[Sample]] = {
-        key: [({"queue_name": name}, value)] for key, value in numbers.items()
-        if key not in ("kind", "subscribers")}
-    for subscriber, counts in numbers["subscribers"].items():
-        labels = {"queue_name": name, "subscriber": subscriber}
-        found.setdefault("oldest_message_age_seconds", []).append(
-            (labels, counts["oldest_message_age_seconds"]))
-        found.setdefault("messages", []).extend(
-            ({**labels, "state": state}, counts[state]) for state in ("ready", "leased", "delayed"))
-    return found
-
-
-def process_samples() -> Dict[str, List[Sample]]:
-    """Return the process's own metrics; resident memory where /proc tells it."""
-    found: Dict[str, List[Sample]] = {"process_start_time_seconds": [({}, STARTED_S)]}
-    with contextlib.suppress(OSError):
+    for (action, code), count in sorted(answered.items()):
+        yield PREFIX + "http_requests_total", {"action": action, "code": str(code)}, count
+    yield PREFIX + "fsync_duration_seconds_sum", {}, sum(log.sync_seconds for log in logs)
+    yield PREFIX + "fsync_duration_seconds_count", {}, sum(log.syncs for log in logs)
+    yield PREFIX + "active", {}, int(broker.unready is None)
+    yield PREFIX + "build_info", {"version": __version__}, 1
+    yield "process_start_time_seconds", {}, STARTED_S
+    with contextlib.suppress(OSError):       # where there is no /proc
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
-        found["process_resident_memory_bytes"] = [({}, pages * resource.getpagesize())]
-    return found
+        yield "process_resident_memory_bytes", {}, pages * resource.getpagesize()
+    for name, queue in broker.queues.items() if broker.unready is None else ():
+        yield from queue_samples({"queue_name": name}, queue.numbers())
+
+
+def queue_samples(labels: Mapping[str, str], numbers: Mapping[str, Any]) -> Iterator[Sample]:
+    """Yield what `Queue.numbers` tells; of what waits, for each subscriber."""
+    for key, value in numbers.items():
+        if key == "log_bytes" or key.endswith("_total"):
+            yield PREFIX + key, labels, value
+    for name, counts in numbers["subscribers"].items():
+        mine = {**labels, "subscriber": name}
+        yield PREFIX + OLDEST, mine, counts[OLDEST]
+        for state in ("ready", "leased", "delayed"):
+            yield PREFIX + "messages", {**mine, "state": state}, counts[state]
 
 
 STARTED_S = round(time.time(), 3)
@@ -4953,23 +4944,13 @@ def purge(call: Call) -> None:
 def show_stats(call: Call) -> Answer:
     """Tell of one queue, or of all that the token may use."""
     token, only = call.route.token, call.route.queue
-    stats = {name: stats_of(queue.numbers())
-             for name, queue in call.service.broker.queues.items()
+    stats = {name: queue.numbers() for name, queue in call.service.broker.queues.items()
              if token and token.may("any", name) and only in (None, queue)}
+    for numbers in stats.values():
+        if FIFO in numbers["subscribers"]:   # who is the only one
+            del numbers["subscribers"]
     value = stats[only.config.name] if only else stats
     return Answer(200, json.dumps(value).encode() + b"\n", b"Content-Type: application/json\r\n")
-
-
-def stats_of(numbers: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return a queue's numbers with those of its subscribers summed up; a broadcast queue's
-    name them too."""
-    subscribers = numbers["subscribers"].values()
-    total = {key: sum(counts[key] for counts in subscribers)
-             for key in ("ready", "leased", "delayed")}
-    age_s = max(counts["oldest_message_age_seconds"] for counts in subscribers)
-    rest = {key: value for key, value in numbers.items()
-            if key != "subscribers" or FIFO not in value}
-    return {**total, "oldest_message_age_seconds": age_s, **rest}
 
 
 def show_root(call: Call) -> Answer:
