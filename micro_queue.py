@@ -39,9 +39,8 @@ Serving: one thread polls all connections and serves them in rounds, without wai
 anything. At the end of a round each queue writes what it was told, and each connection gets its
 answers. An answer that is late is handed to that thread by whoever has it.
 
-Lock order: Log._one_sync, Queue.lock, Log._commit, then Budget._lock, Broker._timing;
-Syncers._lock stands alone. Never two queues' locks at once, and no lock that a take needs is
-held while a disk syncs.
+Lock order: Log._one_sync, Queue.lock, Log._commit, Budget._lock; Syncers._lock stands alone.
+Never two queues' locks at once, and no lock that a take needs is held while a disk syncs.
 
 Contents: Constants and errors, Config, Records, Log, State, Queue, Broker, Metrics, HTTP messages,
 Actions, Connection, Server, main.
@@ -4161,8 +4160,8 @@ class Broker:
         self.syncers = Syncers()
         self.staging: Set[Queue] = set()     # queues that have something to write
         self._clock = clock or Clock()
-        self._timing = threading.Condition()
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
+        self._wakes: queues.SimpleQueue[int] = queues.SimpleQueue()      # that are to be sooner
         self._called = threading.Event()     # upkeep is wanted before its second is over
         self._jobs: List[Job] = []           # only upkeep takes one out; a queue's first is begun
         self._reads: queues.SimpleQueue[Optional[Callable[[], None]]] = queues.SimpleQueue()
@@ -4270,24 +4269,19 @@ class Broker:
 
     def _wake_at(self, monotonic_ms: int) -> None:
         """Have the queues ticked no later than then. A queue calls it under its lock, before
-        it can be ticked: so what is read here without a lock is never too low for it."""
+        it can be ticked: so what is read here is never too low for it."""
         if monotonic_ms < self._tick_ms:
-            with self._timing:
-                self._tick_ms = min(self._tick_ms, monotonic_ms)
-                self._timing.notify()
+            self._wakes.put(monotonic_ms)
 
     def _timers(self) -> None:
         while not self._stopping.is_set():
-            with self._timing:
-                self._tick_ms = NEVER
-            for queue in self.queues.values():
-                self._wake_at(queue.tick())
-            with self._timing:
-                while not self._stopping.is_set():
-                    left_ms = self._tick_ms - self._clock.monotonic_ms()
-                    if left_ms <= 0:
-                        break
-                    self._timing.wait(min(left_ms, MAX_SLEEP_MS) / 1000)
+            self._tick_ms = NEVER
+            self._wake_at(min([queue.tick() for queue in self.queues.values()]))
+            with contextlib.suppress(queues.Empty):      # its time has come
+                while True:
+                    left_ms = min(self._tick_ms - self._clock.monotonic_ms(), MAX_SLEEP_MS)
+                    wake_ms = self._wakes.get(timeout=max(0, left_ms) / 1000)
+                    self._tick_ms = min(self._tick_ms, wake_ms)
 
     def _upkeep(self) -> None:
         """Each second what has to be done each second; in between the steps of the jobs, one of
