@@ -4097,30 +4097,27 @@ class Job(NamedTuple):
 
 
 class Syncers:
-    """Threads that sync logs for those who wait: as many as logs that sync at one time.
-
-    `unserved` are logs for which no thread was to be had: who polls syncs them, once a round.
-    """
+    """Threads that sync logs for those who wait: as many as logs that sync at one time. Where none
+    is to be had, whoever polls syncs, at the end of a round."""
 
     def __init__(self) -> None:
-        self.unserved: Deque[Log] = collections.deque()
         self._logs: queues.SimpleQueue[Log] = queues.SimpleQueue()
         self._lock = threading.Lock()        # guards `_idle`
         self._idle = 0                       # threads that have no log, and none on its way
         self._is_short = False               # of threads, when one was last wanted
 
     def lead(self, log: Log) -> None:
-        """Have a thread call `log.lead`. Does not block."""
+        """Have a thread call `log.lead`. Does not block, as long as there are threads."""
         with self._lock:
             found, self._idle = self._idle > 0, max(0, self._idle - 1)
         try:
             if not found:
                 threading.Thread(target=self._work, daemon=True, name="syncer").start()
         except (RuntimeError, MemoryError) as error:
-            self.unserved.append(log)
             was_short, self._is_short = self._is_short, True
             if not was_short:                # or there would be a line each round
                 event(logging.ERROR, "cannot_start_thread", error=error)
+            log.lead()
         else:
             self._is_short = False
             self._logs.put(log)
@@ -4157,7 +4154,6 @@ class Broker:
         self.space = Space(settings.path, settings.min_free_bytes)
         self.budget = Budget(settings.inflight_bytes, settings.max_message_bytes,
                              lambda: self._wake_at(0))
-        self.syncers = Syncers()
         self.staging: Set[Queue] = set()     # queues that have something to write
         self._clock = clock or Clock()
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
@@ -4169,7 +4165,7 @@ class Broker:
                                         fsync=settings.fsync, clock=clock, space=self.space,
                                         subscribers=config.subscribers(item),
                                         budget=self.budget, staging=self.staging,
-                                        lead=self.syncers.lead, on_failure=on_failure,
+                                        lead=Syncers().lead, on_failure=on_failure,
                                         wake_at=self._wake_at,
                                         call_upkeep=self._called.set)
                        for item in config.queues}
@@ -4232,9 +4228,6 @@ class Broker:
         are no threads for that."""
         for queue in list(self.staging):     # each leaves once all is written
             queue.flush()
-        for log in list(self.syncers.unserved):
-            if not log.lead_once():
-                self.syncers.unserved.remove(log)
 
     def dismiss(self) -> None:
         """Answer all who wait: for a message with None, for a compaction that it failed."""
@@ -5718,7 +5711,7 @@ class Poll:
         """Wait until there is something to do; serve the connections that are ready, and return
         what else the poll saw."""
         self._sleeping = True                # before the look at `_done`
-        if self._done or self._backlog or self.sending or self.service.broker.syncers.unserved:
+        if self._done or self._backlog or self.sending:
             seconds = 0
         events, others = self.epoll.poll(seconds, POLL_EVENTS), []
         self._sleeping, self.now = False, time.monotonic()
@@ -5755,7 +5748,7 @@ class Poll:
             handler = self._backlog.popleft()
             self._have(handler, handler.serve)
         broker = self.service.broker
-        if broker.staging or broker.syncers.unserved:
+        if broker.staging:
             broker.end_round()
         for _ in range(len(self._done)):
             handler, result = self._done.popleft()
