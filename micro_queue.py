@@ -208,14 +208,15 @@ def _must(good: object, path: str, what: str) -> None:
         raise ConfigError(f"{path}: {what}")
 
 
-def _field(good: Callable[[Any], object], what: str, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a field: which values are good, and how a refusal calls those. Its default is, too;
-    with None, null may stand there."""
+def _field(good: Callable[[Any], object], what: str, default: Any = dataclasses.MISSING,
+           keep: Callable[[Any], object] = lambda value: value) -> Any:
+    """Declare a field: which values are good, how a refusal calls those, and what is kept of
+    them. Its default is good, too; with None, null may stand there."""
     def read(value: Any, path: str) -> Any:
         _must(value is not dataclasses.MISSING, path, "is missing")
         _must(value is default or good(value), path,
               f"must be {what}{' or null' if default is None else ''}")
-        return tuple(value) if isinstance(value, list) else value
+        return value if value is default else keep(value)
     return dataclasses.field(default=default, metadata={"read": read})
 
 
@@ -224,9 +225,9 @@ def _whole(low: int, high: int, default: Optional[int]) -> Any:
                   f"a whole number from {low} to {high}", default)
 
 
-def _text(pattern: str, what: str, default: Any = dataclasses.MISSING) -> Any:
+def _text(pattern: str, what: str, **more: Any) -> Any:
     return _field(lambda value: isinstance(value, str) and value.isprintable()
-                  and re.fullmatch(pattern, value), what, default)
+                  and re.fullmatch(pattern, value), what, **more)
 
 
 def _flag() -> Any:
@@ -235,7 +236,8 @@ def _flag() -> Any:
 
 def _names() -> Any:
     return _field(lambda value: isinstance(value, list)
-                  and all(isinstance(name, str) for name in value), "a list of queue names", ())
+                  and all(isinstance(name, str) for name in value), "a list of queue names",
+                  (), tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,11 +284,12 @@ class QueueConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """Who may do what. `parse_config` keeps of the secret only its sha256."""
+    """Who may do what. Of the secret only its sha256 is kept, in hex."""
 
     name: str = _text(".{1,100}", "1 to 100 printable characters")
-    token: Optional[str] = _text("[!-~]{20,500}", "20 to 500 visible ASCII characters, "
-                                 "e.g. a UUID", default=None)
+    token: Optional[str] = _text(
+        "[!-~]{20,500}", "20 to 500 visible ASCII characters, e.g. a UUID", default=None,
+        keep=lambda secret: hashlib.sha256(secret.encode("ascii")).hexdigest())
     token_sha256: Optional[str] = _text("[0-9a-fA-F]{64}", "64 hex digits", default=None)
     post: Sequence[str] = _names()
     get: Sequence[str] = _names()
@@ -294,9 +297,7 @@ class Token:
 
     @property
     def digest(self) -> bytes:
-        if self.token is not None:
-            return hashlib.sha256(self.token.encode("ascii")).digest()
-        return bytes.fromhex(self.token_sha256 or "")
+        return bytes.fromhex(self.token or self.token_sha256 or "")
 
     def may(self, permission: str, queue: str) -> bool:
         return (self.admin or (permission in ("post", "any") and queue in self.post)
@@ -348,9 +349,7 @@ def parse_config(value: Any) -> Config:
     _check_settings(config.settings)
     _check_queues(config)
     _check_tokens(config)
-    tokens = tuple(dataclasses.replace(token, token=None, token_sha256=token.digest.hex())
-                   for token in config.tokens)
-    return dataclasses.replace(config, tokens=tokens)
+    return config
 
 
 def _check_keys(value: Any, path: str, known: Collection[str]) -> None:

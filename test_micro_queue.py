@@ -1020,8 +1020,10 @@ class ConfigTest(unittest.TestCase):
         self.refused(b'{"settings": {"path": "/a", "path": "/b"}}', "settings.path", "twice")
 
     def test_a_hashed_token_opens_the_same_door(self):
-        digest = mq.Token(name="a", token=POST).digest
-        self.assertEqual(mq.Token(name="a", token_sha256=digest.hex()).digest, digest)
+        plain = self.parse(self.text).tokens[0]
+        hashed = self.changed(lambda c: c["tokens"][0].update(token_sha256=plain.digest.hex()))
+        del hashed["tokens"][0]["token"]
+        self.assertEqual(self.parse(hashed).tokens[0].digest, plain.digest)
 
     def test_no_config_keeps_a_token(self):
         config = self.parse(self.text)
