@@ -4487,9 +4487,7 @@ class Request(NamedTuple):
     query: str
     is_asterisk: bool                        # OPTIONS *
     token_digest: Optional[bytes]            # None: no Authorization; empty: not understood
-    has_body: bool
-    length: int
-    chunked: bool
+    length: Optional[int]                    # of the body; None: it is chunked
     expects: bool                            # the client waits for 100 Continue
     keep_alive: bool
     old: bool                                # HTTP/1.0
@@ -4535,7 +4533,7 @@ def parse_request(head: bytes) -> Request:
     first, *lines = head.split(b"\r\n")
     method, target, old = parse_request_line(first)
     fields = parse_fields(lines)
-    length, chunked = parse_framing(fields, old)
+    length = parse_framing(fields, old)
     if not HOST.fullmatch(fields.get(b"host", b"" if old else b"?")):
         raise malformed("Send exactly one valid Host header")
     path, _, query = target.partition("?")
@@ -4545,8 +4543,7 @@ def parse_request(head: bytes) -> Request:
     return Request(
         method=method, action=action, queue=queue, query=query, is_asterisk=path == "*",
         token_digest=hashlib.sha256(bearer[1]).digest() if bearer else authorization and b"",
-        has_body=chunked or length > 0, length=length, chunked=chunked,
-        expects=parse_expect(fields, old),
+        length=length, expects=parse_expect(fields, old) and length != 0,
         keep_alive=parse_keep_alive(fields, old), old=old,
         encoding=fields.get(b"content-encoding", b"").decode("latin-1").lower(),
         lines=fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
@@ -4584,18 +4581,18 @@ def parse_fields(lines: Sequence[bytes]) -> Dict[bytes, bytes]:
     return fields
 
 
-def parse_framing(fields: Mapping[bytes, bytes], old: bool) -> Tuple[int, bool]:
-    """Return the body's length and whether it is chunked instead (RFC 9112, 6)."""
+def parse_framing(fields: Mapping[bytes, bytes], old: bool) -> Optional[int]:
+    """Return the body's length, None if it is chunked (RFC 9112, 6)."""
     length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
     if coding is not None:
         if length is not None or old or b"," in coding:
             raise malformed("Send one of Content-Length and Transfer-Encoding: chunked, once")
         if coding.lower() != b"chunked":
             raise malformed("The only transfer coding known here is chunked", 501)
-        return 0, True
+        return None
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
         raise malformed("Content-Length must be one number of at most 18 digits")
-    return int(length or 0), False
+    return int(length or 0)
 
 
 def parse_expect(fields: Mapping[bytes, bytes], old: bool) -> bool:
@@ -4798,7 +4795,7 @@ class Action(NamedTuple):
 def check_put(route: Route) -> None:
     """Refuse a put before its body is received. Raises ApiError."""
     assert route.queue is not None
-    route.queue.check_room(0 if route.request.lines else route.request.length)
+    route.queue.check_room(0 if route.request.lines else route.request.length or 0)
 
 
 def put(call: Call) -> Optional[Answer]:
@@ -5031,9 +5028,9 @@ def find_route(broker: Broker, request: Request, client: Client) -> Route:
         wish = Wish(numbers.get("max", 0), most, numbers.get("lease", 0),
                     route.action.permission == "peek")
         route = route._replace(parameters=numbers, wish=wish)
-    if request.has_body and not route.action.before_body:
+    if request.length != 0 and not route.action.before_body:
         raise ApiError(400, "No body is taken here; parameters belong in the query string")
-    if request.length > most:
+    if (request.length or 0) > most:
         raise too_large(broker)
     if route.action.before_body and request.encoding not in ("", "identity"):
         raise ApiError(415, "Send the message without a Content-Encoding")
@@ -5135,6 +5132,7 @@ def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
 # needs a lock; what another thread has to say goes through `finish_with`.
 
 READ, LATE, WRITE, LINGER, CLOSED = "read", "late", "write", "linger", "closed"
+READING = READ, LINGER
 EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 HANG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 Received = Generator[None, None, T]          # yields when it needs more bytes, or gives way
@@ -5171,16 +5169,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._moved = 0                      # bytes of body or answer since `deadline` was set
         self._route: Optional[Route] = None  # of the request under way
         self._started = 0.0                  # when that was read, for its log line
-        self._body: Optional[Received[Any]] = None   # receives its body, or that of the last one
-        self._unread = False                 # what nobody will read may still come
+        self._body: Optional[Received[None]] = None  # receives its body; or skips what comes
+        self._unread: float = 0              # bytes of its body that come yet; inf: who knows
         self._held = 0                       # what the body counts in the budget
         self._when_gone: Optional[Callable[[], None]] = None
         self._out: List[Piece] = []          # to be sent
         self._blocked = False                # the client took no more: epoll tells when it does
         self._closing = False                # once all is sent
         self._stream: Optional[Stream] = None        # of the answer under way, not yet at its end
-        self._reading = False                # a piece of it, elsewhere
-        self._left_s = math.inf              # of `deadline`, which stands still meanwhile
+        self._left_s = 0.0                   # of `deadline`: none while a piece of it is read
 
     # -- what the poll and the actions call
 
@@ -5207,13 +5204,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def serve(self) -> None:
         """Serve one share of what there is; the rest waits in the backlog."""
         self.queued, self.poll.share = False, SHARE_BYTES
-        if self.state == LINGER:
-            self._discard_input()
         end = time.monotonic() + SHARE_S
-        while self.state == READ and self.poll.share > 0:
+        while self.state in READING and self.poll.share > 0:
             if self._at == len(self._data) and not self._receive():
                 return
-            moved = self._receive_body() if self._body else self._next_request()
+            try:
+                moved = next(self._body, True) if self._body else self._next_request()
+            except ApiError as error:
+                moved = True
+                self.take_up(error)
             if not moved and self.poll.share > 0 and not self._receive():
                 if self.state == READ and not (self._begun or self._body):
                     self._await_next()
@@ -5224,7 +5223,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def go_on(self) -> None:
         """Have what is left served in a later round."""
-        if self.state == READ and (self._readable or self._at < len(self._data)):
+        if self.state in READING and (self._readable or self._at < len(self._data)):
             self.poll.later(self)
 
     def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
@@ -5248,7 +5247,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def on_deadline(self) -> None:
         """End what took too long; called by the sweep."""
-        if self.state == READ and self._begun and (self._route or not self._body):
+        if self.state == READ and self._begun:
             timeout = self.poll.request_timeout
             self.take_up(malformed(f"The request did not arrive within {timeout} s", 408))
         else:
@@ -5333,39 +5332,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close()
 
     def _next_request(self) -> bool:
-        """Begin with the next request, if its head is whole; return whether it was."""
+        """Begin with the next request, if its head is whole; return whether it was. Raises
+        ApiError."""
         data, at = self._data, self._at
         start = at + 2 if data.startswith(b"\r\n", at) else at       # RFC 9112, 2.2
         end = data.find(b"\r\n\r\n", max(start, at + self._checked - 3))
-        try:
-            if end < 0:
-                check_head(data, start, at + self._checked)
-                self._checked = len(data) - at
-                return False
-            self._at, self._checked = end + 4, 0
-            self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
-            self._begin(self.poll.service.route(data[start:end], self))
-        except ApiError as error:
-            self.take_up(error)
+        if end < 0:
+            check_head(data, start, at + self._checked)
+            self._checked = len(data) - at
+            return False
+        self._at, self._checked = end + 4, 0
+        self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
+        self._begin(self.poll.service.route(data[start:end], self))
         return True
 
     def _begin(self, route: Route) -> None:
         """Call a request's action, or receive its body first. Raises ApiError."""
-        request, self._route, self._unread = route.request, route, route.request.has_body
-        self._started = self.poll.now
+        request, self._route, self._started = route.request, route, self.poll.now
+        self._unread = math.inf if request.length is None or request.expects else request.length
         if route.refusal:
             raise route.refusal
-        if not self._unread:
-            self._act(route, b"")
-        elif not request.chunked and request.length <= len(self._data) - self._at:
+        if request.length is None or request.length > len(self._data) - self._at:
+            self._await_body(route)
+        else:
             start, self._at = self._at, self._at + request.length
             self._act(route, self._data[start:self._at])
-        else:
-            self._await_body(route)
 
     def _act(self, route: Route, body: bytes) -> None:
         """Call an action; its answer is given at once, or late."""
-        self.state, self.deadline, self._unread = LATE, math.inf, False
+        self.state, self.deadline, self._unread = LATE, math.inf, 0
         result: Union[Answer, Exception, None]
         try:
             result = route.action.call(Call(self.poll.service, route, self, body))
@@ -5384,25 +5379,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n", None)
         self._begun = True
         self._wait_for(self.poll.request_timeout)
-        self._body = (self._chunks() if route.request.chunked
-                      else self._exactly(route.request.length, bytearray()))
+        self._body = self._receive_body(route)
 
-    def _receive_body(self) -> bool:
-        """Use what was received of a body; return whether that completed it."""
-        assert self._body is not None
-        try:
-            next(self._body)
-        except StopIteration as end:
-            self._body = None
-            if self._route:
-                self._act(self._route, end.value)
-            else:
-                self._await_next()
-            return True
-        except ApiError as error:
-            self.take_up(error)
-            return True
-        return False
+    def _receive_body(self, route: Route) -> Received[None]:
+        """Receive a body, then call the action."""
+        length = route.request.length
+        body: Any = yield from (self._chunks() if length is None
+                                else self._exactly(length, bytearray()))
+        self._act(route, body)               # a bytearray is as good as bytes
+
+    def _skip(self, size: float) -> Received[None]:
+        """Let go of so many bytes, then wait for the next request."""
+        while size > len(self._data) - self._at:
+            size -= len(self._data) - self._at
+            self._at = len(self._data)
+            yield
+        self._at += int(size)
+        self._body = None
+        self._await_next()
 
     def _exactly(self, size: int, body: bytearray) -> Received[bytearray]:
         """Append `size` bytes to `body`. Raises ApiError 503 when clients hold too much."""
@@ -5481,13 +5475,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._route = self._when_gone = None
             if self._held or self._body:
                 self._drop_body()
-            skip = 0
-            if self._unread and request and not (request.chunked or request.expects):
-                skip = request.length if request.length <= SKIPPED_BODY_BYTES else 0
-            keep_alive = bool(request and request.keep_alive and not answer.close
-                              and (skip or not self._unread)
+            if answer.close:
+                self._unread = math.inf
+            keep_alive = bool(request and request.keep_alive
+                              and self._unread <= SKIPPED_BODY_BYTES
                               and self.poll.service.broker.unready != DRAINING)
-            self._unread = answer.close or (self._unread and not (skip and keep_alive))
             self._render(answer, request, keep_alive)
         except Exception:                    # what was taken for it is put back
             self.drop(result)
@@ -5495,14 +5487,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.poll.service.count(request.action if request else None, answer.status)
         if self.poll.debug:
             self._log(request, answer)
-        self.state = READ if keep_alive and not self._blocked else WRITE
-        self._closing = not keep_alive
-        if self._stream:
-            self.state = LATE                # for its pieces
-            return
-        if keep_alive and skip:
-            self._body = self._exactly(skip, bytearray())
-        if self.state == READ and not skip:
+        self._begun, self._closing = False, not keep_alive
+        if keep_alive and self._unread:
+            self._body = self._skip(self._unread)
+        self.state = (LATE if self._stream else      # for its pieces
+                      READ if keep_alive and not self._blocked else WRITE)
+        if self.state == READ and not self._body:
             self._await_next()
         else:
             self._wait_for(self.poll.request_timeout)
@@ -5511,7 +5501,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Have the next piece of a stream sent. The last one ends the answer; one that could not
         be read ends the connection, so that the client sees that something is missing."""
         assert self._stream
-        self._reading, self.deadline = False, self.poll.now + self._left_s
+        self.deadline = self.poll.now + self._left_s
         if not isinstance(result, bytes):
             event(logging.WARNING, "stream_cut_off", client=self.peer, error=result)
             self.close()
@@ -5582,8 +5572,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if out:
             self._go_on_sending()
         elif self.state == LATE:
-            if self._stream and not self._reading:
-                self._left_s, self._reading = self.deadline - self.poll.now, True
+            if self._stream and self.deadline < math.inf:
+                self._left_s = self.deadline - self.poll.now
                 self.poll.service.broker.read(self._stream.read, self.finish_with)
             self.deadline = math.inf
         elif self.state == WRITE and self._closing:
@@ -5620,24 +5610,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _end(self) -> None:
         """Close once the client has stopped sending, so that a reset does not overtake the
         answer; what still comes is never looked at."""
-        self.state, self._begun, self._data = LINGER, False, b""
+        self.state, self._body = LINGER, self._skip(math.inf)
         self._wait_for(LINGER_S)
         try:
             if self._unread or self.connection.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 self.connection.shutdown(socket.SHUT_WR)
                 self._readable = True
-                self._discard_input()
+                self.go_on()
                 return
         except OSError:                      # nothing is there, or nobody
             pass
         self.close()
-
-    def _discard_input(self) -> None:
-        while self._receive():
-            self._data = b""
-            if self.poll.share <= 0:
-                self.poll.later(self)
-                return
 
     @property
     def peer(self) -> str:
