@@ -78,8 +78,8 @@ import threading
 import time
 import zlib
 from typing import (Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List,
-                    Mapping, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type,
-                    TypeVar, Union, cast)
+                    Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar,
+                    Union, cast)
 
 if __name__ == "__main__":
     # http.server imports http.client, and that ssl, if there is one: 1.2 MiB that serve nobody.
@@ -4481,19 +4481,19 @@ class Request(NamedTuple):
     """A parsed head: all that it tells, and nothing that depends on the server's state. The
     token is here as its sha256 only."""
 
-    method: str
-    action: Optional[str]                    # None: no path of ours; "" is `/`
-    queue: Optional[str]
-    query: str
-    is_asterisk: bool                        # OPTIONS *
-    token_digest: Optional[bytes]            # None: no Authorization; empty: not understood
-    length: Optional[int]                    # of the body; None: it is chunked
-    expects: bool                            # the client waits for 100 Continue
-    keep_alive: bool
-    old: bool                                # HTTP/1.0
-    encoding: str
-    lines: bool                              # the body is application/x-ndjson
-    forwarded: str
+    method: str = ""
+    action: Optional[str] = None             # None: no path of ours; "" is `/`
+    queue: Optional[str] = None
+    query: str = ""
+    is_asterisk: bool = False                # OPTIONS *
+    token_digest: Optional[bytes] = None     # None: no Authorization; empty: not understood
+    length: Optional[int] = 0                # of the body; None: it is chunked
+    expects: bool = False                    # the client waits for 100 Continue
+    keep_alive: bool = False
+    old: bool = False                        # HTTP/1.0
+    encoding: str = ""
+    lines: bool = False                      # the body is application/x-ndjson
+    forwarded: str = ""
 
 
 def malformed(what: str, status: int = 400) -> ApiError:
@@ -4669,22 +4669,6 @@ NUMBER = re.compile(r"[0-9]{1,8}")
 LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
 
 
-class Client(Protocol):
-    """Who asks. `finish_with` gives the answer, or what went wrong: once, from any thread, and
-    only if the action returned None."""
-
-    @property
-    def peer(self) -> str: ...
-
-    def finish_with(self, result: Union[Answer, Exception]) -> None: ...
-
-    def is_gone(self) -> bool:
-        """Tell at once whether the client hung up, or will send no more."""
-
-    def when_gone(self, call: Optional[Callable[[], None]]) -> None:
-        """Have `call` made, while the answer is awaited, when the client hangs up."""
-
-
 class Service:
     """What the actions work on: the broker, and what was answered so far, for the metrics."""
 
@@ -4696,14 +4680,14 @@ class Service:
     def count(self, action: Optional[str], status: int) -> None:
         self.answered[action if action and action in ACTIONS else "other", status] += 1
 
-    def route(self, head: bytes, client: Client) -> Route:
+    def route(self, head: bytes, peer: str) -> Route:
         """Return where a head leads. Raises ApiError that closes."""
         digest = hashlib.sha256(head).digest()
         route = self.routes.get(digest)
         if route is None:
             request = parse_request(head)
             try:
-                route = find_route(self.broker, request, client)
+                route = find_route(self.broker, request, peer)
             except ApiError as error:
                 return Route(request, OPTIONS, refusal=error)
             # A head with a Lease-Id comes once, and a refusal is to be logged each time.
@@ -4729,13 +4713,13 @@ class Route(NamedTuple):
     refusal: Optional[ApiError] = None
 
 
-class Call(NamedTuple):
-    """What an action's function gets."""
+class Call:
+    """A request under way, as its action's function sees it; a client has one at a time."""
 
     service: Service
+    peer: str                                # who asks
     route: Route
-    client: Client
-    body: bytes = b""
+    body: bytes
 
     @property
     def queue(self) -> Queue:
@@ -4750,6 +4734,20 @@ class Call(NamedTuple):
     def number(self, parameter: str) -> int:
         """Return a parameter's value, 0 if it is not given."""
         return self.route.parameters.get(parameter, 0)
+
+    def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
+        """Give the answer, or what went wrong, or a piece of the answer's stream: once each, from
+        any thread, and only if the action returned None."""
+        raise NotImplementedError
+
+    def is_gone(self) -> bool:
+        """Tell at once whether the client hung up, or will send no more. Any thread may ask
+        while the answer is awaited."""
+        raise NotImplementedError
+
+    def when_gone(self, call: Optional[Callable[[], None]]) -> None:
+        """Have `call` made, while the answer is awaited, when the client hangs up."""
+        raise NotImplementedError
 
 
 class Parameter(NamedTuple):
@@ -4774,7 +4772,7 @@ class Parameter(NamedTuple):
 class Action(NamedTuple):
     """A row of the API: 404, 405, Allow, OPTIONS, permission and metric follow from it.
 
-    `call` returns the answer, or None if it is late: then the client's `finish_with` is called.
+    `call` returns the answer, or None if it is late: then `finish_with` is called.
     """
 
     methods: Sequence[str]
@@ -4806,7 +4804,7 @@ def put(call: Call) -> Optional[Answer]:
 
     def done(result: Union[int, Exception]) -> None:
         if isinstance(result, Exception):
-            call.client.finish_with(result)
+            call.finish_with(result)
         else:
             count = b"Message-Count: %d\r\n" % len(payloads) if lines else b""
             finish(call, lambda: Answer(headers=b"Message-Id: %d\r\n%b" % (result, count)))
@@ -4827,7 +4825,7 @@ def split_lines(body: bytes) -> List[bytes]:
 
 def take(call: Call) -> Optional[Answer]:
     queue, subscriber, wait_s = call.queue, call.route.subscriber, call.number("wait")
-    if wait_s and call.client.is_gone():
+    if wait_s and call.is_gone():
         return answer_with(queue, None)
 
     def answer(delivery: Optional[Delivery]) -> None:
@@ -4835,11 +4833,11 @@ def take(call: Call) -> Optional[Answer]:
         finish(call, lambda: error_answer(unready(draining)) if draining
                else answer_with(queue, delivery))
 
-    waiter = Waiter(call.route.wish, wait_s, answer, call.client.is_gone)
+    waiter = Waiter(call.route.wish, wait_s, answer, call.is_gone)
     delivery = queue.take(subscriber, call.route.wish, waiter)
     if delivery or not waiter.deadline_ms:
         return answer_with(queue, delivery)
-    call.client.when_gone(lambda: queue.stop_waiting(subscriber, waiter))
+    call.when_gone(lambda: queue.stop_waiting(subscriber, waiter))
     return None
 
 
@@ -4849,7 +4847,7 @@ def finish(call: Call, make: Callable[[], Answer]) -> None:
         answer: Union[Answer, Exception] = make()
     except Exception as error:
         answer = error
-    call.client.finish_with(answer)
+    call.finish_with(answer)
 
 
 def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
@@ -4898,7 +4896,7 @@ def extend(call: Call) -> Answer:
 
 def compact(call: Call) -> None:
     def done(error: Optional[Exception]) -> None:
-        call.client.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
+        call.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
     call.service.broker.do(call.queue, call.queue.compact(), done, is_compaction=True)
 
 
@@ -4906,7 +4904,7 @@ def backup(call: Call) -> None:
     headers = b"Content-Type: application/x-tar\r\n"
 
     def done(result: Union[Stream, Exception]) -> None:
-        call.client.finish_with(result if isinstance(result, Exception)
+        call.finish_with(result if isinstance(result, Exception)
                                 else Answer(200, result, headers))
     call.service.broker.read(call.queue.backup, done)
 
@@ -4917,7 +4915,7 @@ def purge(call: Call) -> None:
     def done(failure: Optional[Exception] = None) -> None:
         owed = ApiError(503, "Dropped, but the disk has no space to note it: a restart brings it "
                              "back; free some space, purge again") if queue.owed else None
-        call.client.finish_with(failure or owed or Answer(200, b"%d\n" % count, TEXT))
+        call.finish_with(failure or owed or Answer(200, b"%d\n" % count, TEXT))
     if queue.owed:                           # upkeep frees what was dropped, and writes it down
         call.service.broker.do(queue, queue.upkeep(), done)
     else:
@@ -5003,12 +5001,13 @@ ACTIONS: Mapping[str, Action] = {
                       on_queue=False),
 }
 OPTIONS = Action(("OPTIONS",), "", describe, "OPTIONS: what a path takes")
+NO_ROUTE = Route(Request(), OPTIONS)     # while no request is understood
 PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 
 # -- from a head to its action
 
-def find_route(broker: Broker, request: Request, client: Client) -> Route:
+def find_route(broker: Broker, request: Request, peer: str) -> Route:
     """Check a request in the documented order, as far as its head tells. Raises ApiError."""
     action = find_action(request)
     if request.method == "OPTIONS":
@@ -5016,7 +5015,7 @@ def find_route(broker: Broker, request: Request, client: Client) -> Route:
             raise no_such_path()
         route = Route(request, OPTIONS)
     elif action is None or action.permission:
-        route = authorize(broker, request, action, client)
+        route = authorize(broker, request, action, peer)
     else:
         route = Route(request, action)
     if request.method not in route.action.methods:
@@ -5061,8 +5060,7 @@ def unready(reason: str) -> ApiError:
     return ApiError(503, f"Not ready: {reason}; try again")
 
 
-def authorize(broker: Broker, request: Request, action: Optional[Action],
-              client: Client) -> Route:
+def authorize(broker: Broker, request: Request, action: Optional[Action], peer: str) -> Route:
     """Return the request's token, the queue that it may use for this action, and as whom."""
     if broker.unready:
         raise unready(broker.unready)
@@ -5070,7 +5068,7 @@ def authorize(broker: Broker, request: Request, action: Optional[Action],
     if token is None:
         reason = ("Missing Authorization header" if request.token_digest is None else
                   "Unknown token" if request.token_digest else "Malformed Authorization header")
-        log_request(logging.WARNING, "unauthorized", request, client, reason=reason)
+        log_request(logging.WARNING, "unauthorized", request, peer, reason=reason)
         raise ApiError(401, f"{reason}; use 'Authorization: Bearer <token>'",
                        headers=b"WWW-Authenticate: Bearer\r\n")
     if action is None:
@@ -5078,7 +5076,7 @@ def authorize(broker: Broker, request: Request, action: Optional[Action],
     if request.queue is None:
         return Route(request, action, token=token)
     if not token.may(action.permission, request.queue):
-        log_request(logging.WARNING, "forbidden", request, client, token=token.name,
+        log_request(logging.WARNING, "forbidden", request, peer, token=token.name,
                     action=request.action, queue=request.queue)
         raise forbidden(action.permission, request.queue)
     queue = broker.queues.get(request.queue)
@@ -5099,11 +5097,10 @@ def forbidden(permission: str, queue: str) -> ApiError:
     return ApiError(403, f"This token has no {queue} in its {key}: add it in the config, restart")
 
 
-def log_request(level: int, name: str, request: Request, client: Client,
-                **fields: object) -> None:
+def log_request(level: int, name: str, request: Request, peer: str, **fields: object) -> None:
     """Log an event of a request; the client is always the peer."""
     forwarded = {"forwarded": request.forwarded} if request.forwarded else {}
-    event(level, name, client=client.peer, **forwarded, **fields)
+    event(level, name, client=peer, **forwarded, **fields)
 
 
 def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
@@ -5139,7 +5136,7 @@ Received = Generator[None, None, T]          # yields when it needs more bytes, 
 Piece = Tuple[Union[bytes, memoryview], Optional[Answer]]    # an answer is at its last piece
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Call, http.server.BaseHTTPRequestHandler):
     """One connection, served a share of a round at a time. Of the base nothing is used but its
     place in the library: its methods wait for the client."""
 
@@ -5147,7 +5144,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                  poll: Poll) -> None:
         # Not the base's, which would serve the whole connection from here.
         self.connection: socket.socket = request
-        self.client_address, self.poll = client_address, poll
+        self.peer = f"{client_address[0]}:{client_address[1]}"
+        self.poll, self.service = poll, poll.service
         # state   event                                            next
         # READ    a whole request, answered at once                READ; WRITE if not all was sent
         # READ    its answer needs the round, a sync, a message    LATE, set before the action runs
@@ -5167,7 +5165,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._checked = 0                    # of the head that is not whole, already looked at
         self._begun = False                  # a request's first byte came, its answer did not go
         self._moved = 0                      # bytes of body or answer since `deadline` was set
-        self._route: Optional[Route] = None  # of the request under way
+        self.route, self.body = NO_ROUTE, b""        # of the request under way
         self._started = 0.0                  # when that was read, for its log line
         self._body: Optional[Received[None]] = None  # receives its body; or skips what comes
         self._unread: float = 0              # bytes of its body that come yet; inf: who knows
@@ -5227,12 +5225,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.poll.later(self)
 
     def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
-        """Give the late answer, or a piece of its stream. Called once each, by any thread."""
         self.poll.finish(self, result)
 
     def is_gone(self) -> bool:
-        """Tell at once whether the client hung up, or will send no more. Any thread may ask
-        while the answer is awaited."""
         fd = self.connection.fileno()
         if fd < 0:                           # closed for an earlier answer that was not taken
             return True
@@ -5284,7 +5279,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _let_go(self, stream: Stream) -> None:
         """Have a stream closed where it is read: behind a piece that may be under way, and
         because closing a file that is freed takes long."""
-        self.poll.service.broker.read(stream.close, lambda _: None)
+        self.service.broker.read(stream.close, lambda _: None)
 
     # -- requests
 
@@ -5343,27 +5338,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
         self._at, self._checked = end + 4, 0
         self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
-        self._begin(self.poll.service.route(data[start:end], self))
+        self.route, self._started = self.service.route(data[start:end], self.peer), self.poll.now
+        self._begin()
         return True
 
-    def _begin(self, route: Route) -> None:
-        """Call a request's action, or receive its body first. Raises ApiError."""
-        request, self._route, self._started = route.request, route, self.poll.now
-        self._unread = math.inf if request.length is None or request.expects else request.length
-        if route.refusal:
-            raise route.refusal
-        if request.length is None or request.length > len(self._data) - self._at:
-            self._await_body(route)
+    def _begin(self) -> None:
+        """Call the request's action, or receive its body first. Raises ApiError."""
+        length, expects = self.route.request.length, self.route.request.expects
+        self._unread = math.inf if length is None or expects else length
+        if self.route.refusal:
+            raise self.route.refusal
+        if length is None or length > len(self._data) - self._at:
+            self._await_body(expects)
+            self._body = self._receive_body(length)
         else:
-            start, self._at = self._at, self._at + request.length
-            self._act(route, self._data[start:self._at])
+            start, self._at = self._at, self._at + length
+            self._act(self._data[start:self._at])
 
-    def _act(self, route: Route, body: bytes) -> None:
+    def _act(self, body: bytes) -> None:
         """Call an action; its answer is given at once, or late."""
-        self.state, self.deadline, self._unread = LATE, math.inf, 0
+        self.body, self._unread = body, 0
+        self.state, self.deadline = LATE, math.inf
         result: Union[Answer, Exception, None]
         try:
-            result = route.action.call(Call(self.poll.service, route, self, body))
+            result = self.route.action.call(self)
         except Exception as error:
             result = error
         if result is not None:
@@ -5371,22 +5369,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # -- bodies that are not here yet
 
-    def _await_body(self, route: Route) -> None:
-        """Receive a body, after 100 Continue where the client waits for it."""
-        assert route.action.before_body is not None      # find_route refused it
-        route.action.before_body(route)
-        if route.request.expects and self._at == len(self._data):
+    def _await_body(self, expects: bool) -> None:
+        """Have the rest of a body sent, unless it would be refused. Raises ApiError."""
+        assert self.route.action.before_body is not None     # find_route refused it
+        self.route.action.before_body(self.route)
+        if expects and self._at == len(self._data):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n", None)
         self._begun = True
         self._wait_for(self.poll.request_timeout)
-        self._body = self._receive_body(route)
 
-    def _receive_body(self, route: Route) -> Received[None]:
+    def _receive_body(self, length: Optional[int]) -> Received[None]:
         """Receive a body, then call the action."""
-        length = route.request.length
         body: Any = yield from (self._chunks() if length is None
                                 else self._exactly(length, bytearray()))
-        self._act(route, body)               # a bytearray is as good as bytes
+        self._act(body)                      # a bytearray is as good as bytes
 
     def _skip(self, size: float) -> Received[None]:
         """Let go of so many bytes, then wait for the next request."""
@@ -5430,7 +5426,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _chunks(self) -> Received[bytearray]:
         """Receive a chunked body (RFC 9112, 7.1); extensions and trailers are skipped."""
-        broker, body, extensions = self.poll.service.broker, bytearray(), 0
+        broker, body, extensions = self.service.broker, bytearray(), 0
         while True:
             length, extension = parse_chunk_line((yield from self._line()))
             extensions += extension
@@ -5471,20 +5467,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             assert not isinstance(result, bytes)
             answer = result if isinstance(result, Answer) else self._answer_to(result)
-            request = self._route.request if self._route else None
-            self._route = self._when_gone = None
+            request = self.route.request
+            self.route, self.body, self._when_gone = NO_ROUTE, b"", None
             if self._held or self._body:
                 self._drop_body()
             if answer.close:
                 self._unread = math.inf
-            keep_alive = bool(request and request.keep_alive
-                              and self._unread <= SKIPPED_BODY_BYTES
-                              and self.poll.service.broker.unready != DRAINING)
+            keep_alive = (request.keep_alive and self._unread <= SKIPPED_BODY_BYTES
+                          and self.service.broker.unready != DRAINING)
             self._render(answer, request, keep_alive)
         except Exception:                    # what was taken for it is put back
             self.drop(result)
             raise
-        self.poll.service.count(request.action if request else None, answer.status)
+        self.service.count(request.action, answer.status)
         if self.poll.debug:
             self._log(request, answer)
         self._begun, self._closing = False, not keep_alive
@@ -5512,11 +5507,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._stream, self.state = None, WRITE
             self.poll.sending.append(self)
 
-    def _log(self, request: Optional[Request], answer: Answer) -> None:
-        if request is None:
+    def _log(self, request: Request, answer: Answer) -> None:
+        if not request.method:
             event(logging.DEBUG, "bad_request", client=self.peer, status=answer.status)
         elif request.action not in PROBES or answer.status != 200:
-            log_request(logging.DEBUG, "request", request, self, method=request.method,
+            log_request(logging.DEBUG, "request", request, self.peer, method=request.method,
                         action=request.action, queue=request.queue, status=answer.status,
                         bytes=len(answer.body),
                         ms=round((time.monotonic() - self._started) * 1000, 3))
@@ -5526,9 +5521,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log_event.error("request_failed client=%s", self.peer, exc_info=error)
         return error_answer(error)
 
-    def _render(self, answer: Answer, request: Optional[Request], keep_alive: bool) -> None:
-        head = render_head(answer, keep_alive=keep_alive, old=bool(request and request.old))
-        body = b"" if request and request.method == "HEAD" else answer.body
+    def _render(self, answer: Answer, request: Request, keep_alive: bool) -> None:
+        head = render_head(answer, keep_alive=keep_alive, old=request.old)
+        body = b"" if request.method == "HEAD" else answer.body
         if isinstance(body, Stream):
             self._stream, body = body, b""
         size = len(body)
@@ -5574,7 +5569,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.state == LATE:
             if self._stream and self.deadline < math.inf:
                 self._left_s = self.deadline - self.poll.now
-                self.poll.service.broker.read(self._stream.read, self.finish_with)
+                self.service.broker.read(self._stream.read, self.finish_with)
             self.deadline = math.inf
         elif self.state == WRITE and self._closing:
             self._end()
@@ -5621,10 +5616,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:                      # nothing is there, or nobody
             pass
         self.close()
-
-    @property
-    def peer(self) -> str:
-        return f"{self.client_address[0]}:{self.client_address[1]}"
 
 
 class Poll:
