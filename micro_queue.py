@@ -4210,8 +4210,6 @@ class Broker:
                 thread.join()
         for job in self._jobs:
             job.steps.close()
-            for done in job.waiting:
-                done(CompactionFailed("the server is stopping"))
         clean = [queue.close() for queue in self.queues.values()]
         return all(clean)
 
@@ -4229,11 +4227,11 @@ class Broker:
             queue.flush()
 
     def dismiss(self) -> None:
-        """Answer all who wait: for a message with None, for a compaction that it failed."""
+        """Answer all who wait: for a message with None, for a job that it failed."""
         for queue in self.queues.values():
             queue.dismiss()
         for job in list(self._jobs):
-            for done in job.waiting if job.is_compaction else ():
+            for done in job.waiting:
                 done(CompactionFailed("the server is stopping; what was freed is"))
 
     def read(self, work: Callable[[], T], done: Callable[[Union[T, Exception]], None]) -> None:
@@ -4915,7 +4913,7 @@ def purge(call: Call) -> None:
     def done(failure: Optional[Exception] = None) -> None:
         owed = ApiError(503, "Dropped, but the disk has no space to note it: a restart brings it "
                              "back; free some space, purge again") if queue.owed else None
-        call.finish_with(failure or owed or Answer(200, b"%d\n" % count, TEXT))
+        call.finish_with(owed or failure or Answer(200, b"%d\n" % count, TEXT))
     if queue.owed:                           # upkeep frees what was dropped, and writes it down
         call.service.broker.do(queue, queue.upkeep(), done)
     else:

@@ -7727,9 +7727,23 @@ class UpkeepTest(ServerTest):
         for queue in (self.queue, self.queue, self.other):
             self.broker.do(queue, self.endless(0.001), told.append)
         eventually(lambda: self.broker._jobs)
+        for _ in range(2):
+            self.broker.dismiss()
+        self.assertEqual([str(error)[:22] for error in told], ["the server is stopping"] * 3)
         self.assertTrue(self.broker.close())
         self.broker.close = lambda: True     # once is enough
-        self.assertEqual([str(error) for error in told], ["the server is stopping"] * 3)
+        self.assertEqual(len(told), 3)
+
+    def test_a_stop_answers_a_purge_that_waits_for_space(self):
+        upkeep = unittest.mock.Mock(side_effect=lambda: self.endless(0.001))
+        with unittest.mock.patch.object(self.queue, "upkeep", upkeep):
+            eventually(lambda: upkeep.called)
+            self.queue.owed = 1
+            wire = self.wire().send(request("POST", "/purge/fetcher", token=ADMIN))
+            self.assertTrue(wire.is_silent(0.1))
+            self.assertTrue(self.server.drain())
+        self.assertEqual(wire.answer().status, 503)
+        self.broker.close = lambda: True     # once is enough
 
 
 class LimitTest(ServerTest):
