@@ -5927,7 +5927,10 @@ def run(config: Config) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     broker = Broker(config, Server.storage_failed)
     broker.lock()
-    warn_about(config.settings.path)
+    path = config.settings.path
+    if filesystem_of(path)[1] == "tmpfs" or os.path.realpath(path).startswith("/tmp/"):
+        event(logging.WARNING, "path_is_temporary", path=path,
+              advice="a reboot or a cleaner of /tmp removes it")
     server = Server(broker)
     try:
         server.start()
@@ -5935,8 +5938,7 @@ def run(config: Config) -> int:
     except RuntimeError as error:            # what threading raises for want of a thread
         raise OSError(f"cannot start: {error}") from error
     host, port = server.server_address[:2]
-    event(logging.INFO, "serving", address=host, port=port, path=config.settings.path,
-          version=__version__)
+    event(logging.INFO, "serving", address=host, port=port, path=path, version=__version__)
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         event(logging.WARNING, "no_reload", advice="restart to use a changed config")
     event(logging.INFO, "draining")
@@ -5946,13 +5948,6 @@ def run(config: Config) -> int:
         return 4
     event(logging.INFO, "stopped")
     return 0
-
-
-def warn_about(path: str) -> None:
-    """Log a warning for a data folder that does not outlive a reboot."""
-    if filesystem_of(path)[1] == "tmpfs" or os.path.realpath(path).startswith("/tmp/"):
-        event(logging.WARNING, "path_is_temporary", path=path,
-              advice="a reboot or a cleaner of /tmp removes it")
 
 
 if __name__ == "__main__":
