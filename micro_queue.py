@@ -4534,15 +4534,20 @@ def parse_request(head: bytes) -> Request:
     length = parse_framing(fields, old)
     if not HOST.fullmatch(fields.get(b"host", b"" if old else b"?")):
         raise malformed("Send exactly one valid Host header")
+    expect = None if old else fields.get(b"expect")
+    if expect is not None and expect.lower() != b"100-continue":
+        raise malformed("The only expectation known here is 100-continue", 417)
     path, _, query = target.partition("?")
-    action, queue = _split_path(path)
+    named = PATH.fullmatch(path)
     authorization = fields.get(b"authorization")
     bearer = BEARER.fullmatch(authorization or b"")
+    options = {item.strip() for item in fields.get(b"connection", b"").lower().split(b",")}
     return Request(
-        method=method, action=action, queue=queue, query=query, is_asterisk=path == "*",
+        method=method, action=named[1] or "" if named else None,
+        queue=named[2] if named else None, query=query, is_asterisk=path == "*",
         token_digest=hashlib.sha256(bearer[1]).digest() if bearer else authorization and b"",
-        length=length, expects=parse_expect(fields, old) and length != 0,
-        keep_alive=parse_keep_alive(fields, old), old=old,
+        length=length, expects=expect is not None and length != 0, old=old,
+        keep_alive=b"close" not in options and (not old or b"keep-alive" in options),
         encoding=fields.get(b"content-encoding", b"").decode("latin-1").lower(),
         lines=fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
         forwarded=fields.get(b"x-forwarded-for", b"")[:200].decode("latin-1"))
@@ -4591,25 +4596,6 @@ def parse_framing(fields: Mapping[bytes, bytes], old: bool) -> Optional[int]:
     if length is not None and not CONTENT_LENGTH.fullmatch(length):
         raise malformed("Content-Length must be one number of at most 18 digits")
     return int(length or 0)
-
-
-def parse_expect(fields: Mapping[bytes, bytes], old: bool) -> bool:
-    expect = fields.get(b"expect")
-    if expect is None or old:
-        return False
-    if expect.lower() != b"100-continue":
-        raise malformed("The only expectation known here is 100-continue", 417)
-    return True
-
-
-def parse_keep_alive(fields: Mapping[bytes, bytes], old: bool) -> bool:
-    options = {item.strip() for item in fields.get(b"connection", b"").lower().split(b",")}
-    return b"close" not in options and (not old or b"keep-alive" in options)
-
-
-def _split_path(path: str) -> Tuple[Optional[str], Optional[str]]:
-    match = PATH.fullmatch(path)
-    return (match[1] or "", match[2]) if match else (None, None)
 
 
 def parse_chunk_line(line: bytes) -> Tuple[int, int]:
