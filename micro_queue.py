@@ -5141,7 +5141,6 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         # LINGER  end of input                                     CLOSED
         # others: error, deadline                                  CLOSED; WRITE with a 408
         self.state = READ
-        self.queued = False                  # in the backlog
         self.deadline = poll.now + poll.idle_timeout     # of `state`; see on_deadline
         self._readable = False               # since the last short read: epoll tells once
         self._hung_up = False                # no more input will come than is there
@@ -5173,7 +5172,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         if self._blocked and events & select.EPOLLOUT:
             self._blocked = False
             self.poll.sending.append(self)
-        if not self.queued:
+        if self not in self.poll.backlog:
             self.serve()
 
     def look_again(self) -> None:
@@ -5181,11 +5180,11 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         self._readable = True
         if self._out and not self._blocked:
             self.poll.sending.append(self)
-        self.poll.later(self)
+        self.poll.backlog[self] = None
 
     def serve(self) -> None:
         """Serve one share of what there is; the rest waits in the backlog."""
-        self.queued, self.poll.share = False, SHARE_BYTES
+        self.poll.share = SHARE_BYTES
         end = time.monotonic() + SHARE_S
         while self.state in READING and self.poll.share > 0:
             if self._at == len(self._data) and not self._receive():
@@ -5206,7 +5205,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
     def go_on(self) -> None:
         """Have what is left served in a later round."""
         if self.state in READING and (self._readable or self._at < len(self._data)):
-            self.poll.later(self)
+            self.poll.backlog[self] = None
 
     def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
         self.poll.finish(self, result)
@@ -5241,29 +5240,25 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         """Close now. What could not leave is put back."""
         if self.state != CLOSED:
             self.state = CLOSED
-            self.poll.forget(self)
+            self.poll.handlers.pop(self.connection.fileno(), None)   # may be another's from now on
             self.connection.close()
             self._drop_body()
             for _, answer in self._out:
-                self.poll.left(answer, sent=False)
+                self.drop(answer)
             self._out.clear()
-            if self._stream:
-                self._let_go(self._stream)
+            self.drop(self._stream)
             self._hung_up = True
             with contextlib.suppress(MemoryError):       # who matches the waiter finds it gone
                 self.when_gone(self._when_gone)
 
     def drop(self, result: object) -> None:
-        """Let go of an answer that came after the end."""
+        """Let go of an answer that does not leave. Its stream is closed where it is read: behind
+        a piece that may be under way, and because closing a file that is freed takes long."""
         if isinstance(result, Answer):
             self.poll.left(result, sent=False)
-            if isinstance(result.body, Stream):
-                self._let_go(result.body)
-
-    def _let_go(self, stream: Stream) -> None:
-        """Have a stream closed where it is read: behind a piece that may be under way, and
-        because closing a file that is freed takes long."""
-        self.service.broker.read(stream.close, lambda _: None)
+            self.drop(result.body)
+        elif isinstance(result, Stream):
+            self.service.broker.read(result.close, lambda _: None)
 
     # -- requests
 
@@ -5615,7 +5610,8 @@ class Poll:
         self.now = time.monotonic()          # when this round began
         self.share = 0                       # what is left of it for the connection that is served
         self.sending: List[Handler] = []     # those that have something to send in this round
-        self._backlog: Deque[Handler] = collections.deque()
+        # Those that are to be served again when the others had their share, in this order.
+        self.backlog: collections.OrderedDict[Handler, None] = collections.OrderedDict()
         self._done: Deque[Tuple[Handler, Union[Answer, bytes, Exception]]] = collections.deque()
         self._sleeping = False               # whoever adds to `_done` has to ring
         self._bell, self._rope = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -5641,16 +5637,6 @@ class Poll:
         self.handlers[handler.connection.fileno()] = handler
         self.epoll.register(handler.connection, EVENTS)
 
-    def forget(self, handler: Handler) -> None:
-        """Before a connection's descriptor is closed, and may become another's."""
-        self.handlers.pop(handler.connection.fileno(), None)
-
-    def later(self, handler: Handler) -> None:
-        """Serve a connection again when the others had their share."""
-        if not handler.queued:
-            self._backlog.append(handler)
-            handler.queued = True
-
     def left(self, answer: Optional[Answer], *, sent: bool) -> None:
         """An answer left, or could not: settle what was taken for it, or put it back."""
         if answer and answer.held:
@@ -5668,7 +5654,7 @@ class Poll:
         """Wait until there is something to do; serve the connections that are ready, and return
         what else the poll saw."""
         self._sleeping = True                # before the look at `_done`
-        if self._done or self._backlog or self.sending:
+        if self._done or self.backlog or self.sending:
             seconds = 0
         events, others = self.epoll.poll(seconds, POLL_EVENTS), []
         self._sleeping, self.now = False, time.monotonic()
@@ -5676,7 +5662,7 @@ class Poll:
             handler = self.handlers.get(fd)
             if handler:
                 if time.monotonic() > self.now + EVENTS_S:
-                    self.later(handler)
+                    self.backlog[handler] = None
                 self._have(handler, handler.on_event, flags)
             elif fd == self._bell:
                 os.read(self._bell, RECEIVE_BYTES)
@@ -5698,11 +5684,11 @@ class Poll:
     def end_round(self) -> None:
         """Serve some of what was left over; write what the queues were told, and send what tells
         of it; write what left with that."""
-        end = time.monotonic() + BACKLOG_S if self._backlog else 0
-        for _ in range(len(self._backlog)):
+        end = time.monotonic() + BACKLOG_S if self.backlog else 0
+        for _ in range(len(self.backlog)):
             if time.monotonic() > end:
                 break
-            handler = self._backlog.popleft()
+            handler, _ = self.backlog.popitem(last=False)
             self._have(handler, handler.serve)
         broker = self.service.broker
         if broker.staging:
