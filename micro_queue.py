@@ -4493,6 +4493,11 @@ class Request(NamedTuple):
     lines: bool = False                      # the body is application/x-ndjson
     forwarded: str = ""
 
+    @property
+    def unread(self) -> float:
+        """How many bytes of body come though it is refused; inf: nobody knows."""
+        return math.inf if self.length is None or self.expects else self.length
+
 
 def malformed(what: str, status: int = 400) -> ApiError:
     return ApiError(status, what, close=True)
@@ -4664,24 +4669,22 @@ class Service:
     def count(self, action: Optional[str], status: int) -> None:
         self.answered[action if action and action in ACTIONS else "other", status] += 1
 
-    def route(self, head: bytes, peer: str) -> Route:
-        """Return where a head leads. Raises ApiError that closes."""
+    def lead(self, call: Call, head: bytes) -> None:
+        """Give a call its route, which its head tells. Raises ApiError; one that does not close
+        refuses a request that is understood."""
         digest = hashlib.sha256(head).digest()
         route = self.routes.get(digest)
         if route is None:
-            request = parse_request(head)
-            try:
-                route = find_route(self.broker, request, peer)
-            except ApiError as error:
-                return Route(request, OPTIONS, refusal=error)
+            call.route = Route(parse_request(head), OPTIONS)
+            route = find_route(call)
             # A head with a Lease-Id comes once, and a refusal is to be logged each time.
             if len(head) <= CACHED_HEAD_BYTES and LEASE not in route.action.parameters.values():
                 if len(self.routes) >= CACHED_HEADS:
                     del self.routes[next(iter(self.routes))]
                 self.routes[digest] = route
-        elif route.action.permission and self.broker.unready:
-            return route._replace(refusal=unready(self.broker.unready))
-        return route
+        call.route = route
+        if route.action.permission and self.broker.unready:
+            raise unready(self.broker.unready)
 
 
 class Route(NamedTuple):
@@ -4694,7 +4697,6 @@ class Route(NamedTuple):
     token: Optional[Token] = None
     parameters: Mapping[str, int] = {}
     wish: Wish = ONE                         # of a take or a peek
-    refusal: Optional[ApiError] = None
 
 
 class Call:
@@ -4718,6 +4720,12 @@ class Call:
     def number(self, parameter: str) -> int:
         """Return a parameter's value, 0 if it is not given."""
         return self.route.parameters.get(parameter, 0)
+
+    def log(self, level: int, name: str, **fields: object) -> None:
+        """Log an event of the request; the client is always the peer."""
+        forwarded = self.route.request.forwarded
+        event(level, name, client=self.peer, **{"forwarded": forwarded} if forwarded else {},
+              **fields)
 
     def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
         """Give the answer, or what went wrong, or a piece of the answer's stream: once each, from
@@ -4991,15 +4999,16 @@ PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 # -- from a head to its action
 
-def find_route(broker: Broker, request: Request, peer: str) -> Route:
+def find_route(call: Call) -> Route:
     """Check a request in the documented order, as far as its head tells. Raises ApiError."""
+    request, broker = call.route.request, call.service.broker
     action = find_action(request)
     if request.method == "OPTIONS":
         if action is None and not request.is_asterisk:
             raise no_such_path()
-        route = Route(request, OPTIONS)
+        route = call.route
     elif action is None or action.permission:
-        route = authorize(broker, request, action, peer)
+        route = authorize(call, action)
     else:
         route = Route(request, action)
     if request.method not in route.action.methods:
@@ -5044,15 +5053,16 @@ def unready(reason: str) -> ApiError:
     return ApiError(503, f"Not ready: {reason}; try again")
 
 
-def authorize(broker: Broker, request: Request, action: Optional[Action], peer: str) -> Route:
+def authorize(call: Call, action: Optional[Action]) -> Route:
     """Return the request's token, the queue that it may use for this action, and as whom."""
+    request, broker = call.route.request, call.service.broker
     if broker.unready:
         raise unready(broker.unready)
     token = broker.tokens.get(request.token_digest or b"")
     if token is None:
         reason = ("Missing Authorization header" if request.token_digest is None else
                   "Unknown token" if request.token_digest else "Malformed Authorization header")
-        log_request(logging.WARNING, "unauthorized", request, peer, reason=reason)
+        call.log(logging.WARNING, "unauthorized", reason=reason)
         raise ApiError(401, f"{reason}; use 'Authorization: Bearer <token>'",
                        headers=b"WWW-Authenticate: Bearer\r\n")
     if action is None:
@@ -5060,8 +5070,8 @@ def authorize(broker: Broker, request: Request, action: Optional[Action], peer: 
     if request.queue is None:
         return Route(request, action, token=token)
     if not token.may(action.permission, request.queue):
-        log_request(logging.WARNING, "forbidden", request, peer, token=token.name,
-                    action=request.action, queue=request.queue)
+        call.log(logging.WARNING, "forbidden", token=token.name, action=request.action,
+                 queue=request.queue)
         raise forbidden(action.permission, request.queue)
     queue = broker.queues.get(request.queue)
     if queue is None:
@@ -5079,12 +5089,6 @@ def forbidden(permission: str, queue: str) -> ApiError:
         return ApiError(403, "Only an admin token may do this")
     key = {"peek": "get", "any": "get or post"}.get(permission, permission)
     return ApiError(403, f"This token has no {queue} in its {key}: add it in the config, restart")
-
-
-def log_request(level: int, name: str, request: Request, peer: str, **fields: object) -> None:
-    """Log an event of a request; the client is always the peer."""
-    forwarded = {"forwarded": request.forwarded} if request.forwarded else {}
-    event(level, name, client=peer, **forwarded, **fields)
 
 
 def parse_parameters(query: str, action: Action) -> Mapping[str, int]:
@@ -5151,7 +5155,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         self.route, self.body = NO_ROUTE, b""        # of the request under way
         self._started = 0.0                  # when that was read, for its log line
         self._body: Optional[Received[None]] = None  # receives its body; or skips what comes
-        self._unread: float = 0              # bytes of its body that come yet; inf: who knows
+        self._unread: float = 0              # bytes that nobody asked for; inf: who knows
         self._held = 0                       # what the body counts in the budget
         self._when_gone: Optional[Callable[[], None]] = None
         self._out: List[Piece] = []          # to be sent
@@ -5306,8 +5310,8 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
             self.close()
 
     def _next_request(self) -> bool:
-        """Begin with the next request, if its head is whole; return whether it was. Raises
-        ApiError."""
+        """Call the next request's action, or receive its body first, if its head is whole; return
+        whether it was. Raises ApiError."""
         data, at = self._data, self._at
         start = at + 2 if data.startswith(b"\r\n", at) else at       # RFC 9112, 2.2
         end = data.find(b"\r\n\r\n", max(start, at + self._checked - 3))
@@ -5317,27 +5321,20 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
             return False
         self._at, self._checked = end + 4, 0
         self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
-        self.route, self._started = self.service.route(data[start:end], self.peer), self.poll.now
-        self._begin()
-        return True
-
-    def _begin(self) -> None:
-        """Call the request's action, or receive its body first. Raises ApiError."""
-        length, expects = self.route.request.length, self.route.request.expects
-        self._unread = math.inf if length is None or expects else length
-        if self.route.refusal:
-            raise self.route.refusal
-        if length is None or length > len(self._data) - self._at:
-            self._await_body(expects)
+        self._started = self.poll.now
+        self.service.lead(self, data[start:end])
+        length = self.route.request.length
+        if length is None or length > len(data) - self._at:
             self._body = self._receive_body(length)
+            next(self._body, None)           # what is here may be all of it
         else:
             start, self._at = self._at, self._at + length
-            self._act(self._data[start:self._at])
+            self._act(data[start:self._at])
+        return True
 
     def _act(self, body: bytes) -> None:
         """Call an action; its answer is given at once, or late."""
-        self.body, self._unread = body, 0
-        self.state, self.deadline = LATE, math.inf
+        self.body, self.state, self.deadline = body, LATE, math.inf
         result: Union[Answer, Exception, None]
         try:
             result = self.route.action.call(self)
@@ -5348,17 +5345,15 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
 
     # -- bodies that are not here yet
 
-    def _await_body(self, expects: bool) -> None:
-        """Have the rest of a body sent, unless it would be refused. Raises ApiError."""
+    def _receive_body(self, length: Optional[int]) -> Received[None]:
+        """Receive a body, after 100 Continue where the client waits for it, then call the
+        action. Raises ApiError."""
         assert self.route.action.before_body is not None     # find_route refused it
         self.route.action.before_body(self.route)
-        if expects and self._at == len(self._data):
+        if self.route.request.expects and self._at == len(self._data):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n", None)
         self._begun = True
         self._wait_for(self.poll.request_timeout)
-
-    def _receive_body(self, length: Optional[int]) -> Received[None]:
-        """Receive a body, then call the action."""
         body: Any = yield from (self._chunks() if length is None
                                 else self._exactly(length, bytearray()))
         self._act(body)                      # a bytearray is as good as bytes
@@ -5446,12 +5441,11 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         try:
             assert not isinstance(result, bytes)
             answer = result if isinstance(result, Answer) else self._answer_to(result)
-            request = self.route.request
-            self.route, self.body, self._when_gone = NO_ROUTE, b"", None
+            request, self._when_gone, self.body = self.route.request, None, b""
             if self._held or self._body:
                 self._drop_body()
-            if answer.close:
-                self._unread = math.inf
+            self._unread = (math.inf if answer.close else 0 if self.state == LATE
+                            else request.unread)
             keep_alive = (request.keep_alive and self._unread <= SKIPPED_BODY_BYTES
                           and self.service.broker.unready != DRAINING)
             self._render(answer, request, keep_alive)
@@ -5461,6 +5455,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         self.service.count(request.action, answer.status)
         if self.poll.debug:
             self._log(request, answer)
+        self.route = NO_ROUTE
         self._begun, self._closing = False, not keep_alive
         if keep_alive and self._unread:
             self._body = self._skip(self._unread)
@@ -5490,10 +5485,9 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         if not request.method:
             event(logging.DEBUG, "bad_request", client=self.peer, status=answer.status)
         elif request.action not in PROBES or answer.status != 200:
-            log_request(logging.DEBUG, "request", request, self.peer, method=request.method,
-                        action=request.action, queue=request.queue, status=answer.status,
-                        bytes=len(answer.body),
-                        ms=round((time.monotonic() - self._started) * 1000, 3))
+            self.log(logging.DEBUG, "request", method=request.method, action=request.action,
+                     queue=request.queue, status=answer.status, bytes=len(answer.body),
+                     ms=round((time.monotonic() - self._started) * 1000, 3))
 
     def _answer_to(self, error: Exception) -> Answer:
         if not isinstance(error, (ApiError, DiskFull)):      # nothing that a client can do
