@@ -4658,35 +4658,6 @@ NUMBER = re.compile(r"[0-9]{1,8}")
 LEASE_ID = re.compile(rf"[0-9a-f]{{{KEY_BITS // 4}}}")
 
 
-class Service:
-    """What the actions work on: the broker, and what was answered so far, for the metrics."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.broker = broker
-        self.answered: Dict[Tuple[str, int], int] = collections.Counter()
-        self.routes: Dict[bytes, Route] = {}     # by the sha256 of a head: it holds no token
-
-    def count(self, action: Optional[str], status: int) -> None:
-        self.answered[action if action and action in ACTIONS else "other", status] += 1
-
-    def lead(self, call: Call, head: bytes) -> None:
-        """Give a call its route, which its head tells. Raises ApiError; one that does not close
-        refuses a request that is understood."""
-        digest = hashlib.sha256(head).digest()
-        route = self.routes.get(digest)
-        if route is None:
-            call.route = Route(parse_request(head), OPTIONS)
-            route = find_route(call)
-            # A head with a Lease-Id comes once, and a refusal is to be logged each time.
-            if len(head) <= CACHED_HEAD_BYTES and LEASE not in route.action.parameters.values():
-                if len(self.routes) >= CACHED_HEADS:
-                    del self.routes[next(iter(self.routes))]
-                self.routes[digest] = route
-        call.route = route
-        if route.action.permission and self.broker.unready:
-            raise unready(self.broker.unready)
-
-
 class Route(NamedTuple):
     """Where a request leads, all that depends on its head alone being checked."""
 
@@ -4700,12 +4671,22 @@ class Route(NamedTuple):
 
 
 class Call:
-    """A request under way, as its action's function sees it; a client has one at a time."""
+    """A request under way, as its action's function sees it; a client has one at a time.
 
-    service: Service
+    `finish_with` gives the answer, or what went wrong, or a piece of the answer's stream: once
+    each, from any thread, and only if the action returned None. `is_gone` tells at once, in any
+    thread, whether the client hung up or will send no more. `when_gone` has something called
+    when it hangs up while the answer is awaited.
+    """
+
+    broker: Broker
+    answered: Dict[Tuple[str, int], int]     # so far, by action and status: for the metrics
     peer: str                                # who asks
     route: Route
     body: bytes
+    finish_with: Callable[[Union[Answer, bytes, Exception]], None]
+    is_gone: Callable[[], bool]
+    when_gone: Callable[[Optional[Callable[[], None]]], None]
 
     @property
     def queue(self) -> Queue:
@@ -4726,20 +4707,6 @@ class Call:
         forwarded = self.route.request.forwarded
         event(level, name, client=self.peer, **{"forwarded": forwarded} if forwarded else {},
               **fields)
-
-    def finish_with(self, result: Union[Answer, bytes, Exception]) -> None:
-        """Give the answer, or what went wrong, or a piece of the answer's stream: once each, from
-        any thread, and only if the action returned None."""
-        raise NotImplementedError
-
-    def is_gone(self) -> bool:
-        """Tell at once whether the client hung up, or will send no more. Any thread may ask
-        while the answer is awaited."""
-        raise NotImplementedError
-
-    def when_gone(self, call: Optional[Callable[[], None]]) -> None:
-        """Have `call` made, while the answer is awaited, when the client hangs up."""
-        raise NotImplementedError
 
 
 class Parameter(NamedTuple):
@@ -4821,7 +4788,7 @@ def take(call: Call) -> Optional[Answer]:
         return answer_with(queue, None)
 
     def answer(delivery: Optional[Delivery]) -> None:
-        draining = delivery is None and call.service.broker.unready
+        draining = delivery is None and call.broker.unready
         finish(call, lambda: error_answer(unready(draining)) if draining
                else answer_with(queue, delivery))
 
@@ -4889,7 +4856,7 @@ def extend(call: Call) -> Answer:
 def compact(call: Call) -> None:
     def done(error: Optional[Exception]) -> None:
         call.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
-    call.service.broker.do(call.queue, call.queue.compact(), done, is_compaction=True)
+    call.broker.do(call.queue, call.queue.compact(), done, is_compaction=True)
 
 
 def backup(call: Call) -> None:
@@ -4898,7 +4865,7 @@ def backup(call: Call) -> None:
     def done(result: Union[Stream, Exception]) -> None:
         call.finish_with(result if isinstance(result, Exception)
                                 else Answer(200, result, headers))
-    call.service.broker.read(call.queue.backup, done)
+    call.broker.read(call.queue.backup, done)
 
 
 def purge(call: Call) -> None:
@@ -4909,7 +4876,7 @@ def purge(call: Call) -> None:
                              "back; free some space, purge again") if queue.owed else None
         call.finish_with(owed or failure or Answer(200, b"%d\n" % count, TEXT))
     if queue.owed:                           # upkeep frees what was dropped, and writes it down
-        call.service.broker.do(queue, queue.upkeep(), done)
+        call.broker.do(queue, queue.upkeep(), done)
     else:
         queue.when_durable(queue.log.appends, done, marks=True)
 
@@ -4917,7 +4884,7 @@ def purge(call: Call) -> None:
 def show_stats(call: Call) -> Answer:
     """Tell of one queue, or of all that the token may use."""
     token, only = call.route.token, call.route.queue
-    stats = {name: queue.numbers() for name, queue in call.service.broker.queues.items()
+    stats = {name: queue.numbers() for name, queue in call.broker.queues.items()
              if token and token.may("any", name) and only in (None, queue)}
     for numbers in stats.values():
         if FIFO in numbers["subscribers"]:   # who is the only one
@@ -4931,7 +4898,7 @@ def show_root(call: Call) -> Answer:
 
 
 def show_ready(call: Call) -> Answer:
-    broker = call.service.broker
+    broker = call.broker
     if broker.unready:
         raise unready(broker.unready)
     owes = any(queue.owed for queue in broker.queues.values())
@@ -4939,11 +4906,11 @@ def show_ready(call: Call) -> Answer:
 
 
 def show_metrics(call: Call) -> Answer:
-    broker = call.service.broker
+    broker = call.broker
     if not broker.config.settings.metric_exporter:
         raise ApiError(404, "Set metric_exporter in the config's settings to have metrics")
     headers = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-    return Answer(200, render_metrics(all_samples(broker, call.service.answered)), headers)
+    return Answer(200, render_metrics(all_samples(broker, call.answered)), headers)
 
 
 def describe(call: Call) -> Answer:
@@ -4999,9 +4966,28 @@ PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 # -- from a head to its action
 
+def lead(call: Call, head: bytes, routes: Dict[bytes, Route]) -> None:
+    """Give a call its route, which its head tells; `routes` are those of earlier heads, by their
+    sha256, so that no token is kept. Raises ApiError; one that does not close refuses a request
+    that is understood."""
+    digest = hashlib.sha256(head).digest()
+    route = routes.get(digest)
+    if route is None:
+        call.route = Route(parse_request(head), OPTIONS)
+        route = find_route(call)
+        # A head with a Lease-Id comes once, and a refusal is to be logged each time.
+        if len(head) <= CACHED_HEAD_BYTES and LEASE not in route.action.parameters.values():
+            if len(routes) >= CACHED_HEADS:
+                del routes[next(iter(routes))]
+            routes[digest] = route
+    call.route = route
+    if route.action.permission and call.broker.unready:
+        raise unready(call.broker.unready)
+
+
 def find_route(call: Call) -> Route:
     """Check a request in the documented order, as far as its head tells. Raises ApiError."""
-    request, broker = call.route.request, call.service.broker
+    request, broker = call.route.request, call.broker
     action = find_action(request)
     if request.method == "OPTIONS":
         if action is None and not request.is_asterisk:
@@ -5055,7 +5041,7 @@ def unready(reason: str) -> ApiError:
 
 def authorize(call: Call, action: Optional[Action]) -> Route:
     """Return the request's token, the queue that it may use for this action, and as whom."""
-    request, broker = call.route.request, call.service.broker
+    request, broker = call.route.request, call.broker
     if broker.unready:
         raise unready(broker.unready)
     token = broker.tokens.get(request.token_digest or b"")
@@ -5133,7 +5119,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         # Not the base's, which would serve the whole connection from here.
         self.connection: socket.socket = request
         self.peer = f"{client_address[0]}:{client_address[1]}"
-        self.poll, self.service = poll, poll.service
+        self.poll, self.broker, self.answered = poll, poll.broker, poll.answered
         # state   event                                            next
         # READ    a whole request, answered at once                READ; WRITE if not all was sent
         # READ    its answer needs the round, a sync, a message    LATE, set before the action runs
@@ -5262,7 +5248,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
             self.poll.left(result, sent=False)
             self.drop(result.body)
         elif isinstance(result, Stream):
-            self.service.broker.read(result.close, lambda _: None)
+            self.broker.read(result.close, lambda _: None)
 
     # -- requests
 
@@ -5322,7 +5308,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         self._at, self._checked = end + 4, 0
         self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
         self._started = self.poll.now
-        self.service.lead(self, data[start:end])
+        lead(self, data[start:end], self.poll.routes)
         length = self.route.request.length
         if length is None or length > len(data) - self._at:
             self._body = self._receive_body(length)
@@ -5400,7 +5386,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
 
     def _chunks(self) -> Received[bytearray]:
         """Receive a chunked body (RFC 9112, 7.1); extensions and trailers are skipped."""
-        broker, body, extensions = self.service.broker, bytearray(), 0
+        broker, body, extensions = self.broker, bytearray(), 0
         while True:
             length, extension = parse_chunk_line((yield from self._line()))
             extensions += extension
@@ -5447,12 +5433,13 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
             self._unread = (math.inf if answer.close else 0 if self.state == LATE
                             else request.unread)
             keep_alive = (request.keep_alive and self._unread <= SKIPPED_BODY_BYTES
-                          and self.service.broker.unready != DRAINING)
+                          and self.broker.unready != DRAINING)
             self._render(answer, request, keep_alive)
         except Exception:                    # what was taken for it is put back
             self.drop(result)
             raise
-        self.service.count(request.action, answer.status)
+        action = request.action if request.action in ACTIONS else "other"
+        self.answered[action or "", answer.status] += 1
         if self.poll.debug:
             self._log(request, answer)
         self.route = NO_ROUTE
@@ -5542,7 +5529,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         elif self.state == LATE:
             if self._stream and self.deadline < math.inf:
                 self._left_s = self.deadline - self.poll.now
-                self.service.broker.read(self._stream.read, self.finish_with)
+                self.broker.read(self._stream.read, self.finish_with)
             self.deadline = math.inf
         elif self.state == WRITE and self._closing:
             self._end()
@@ -5595,9 +5582,11 @@ class Poll:
     """The poll of one thread, and what the connections that it serves share. Any thread may call
     `finish` and `ring`; only the polling thread touches anything else."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, accept: Callable[[], None]) -> None:
         settings = broker.config.settings
-        self.service, self.budget = Service(broker), broker.budget
+        self.broker, self.budget, self._accept = broker, broker.budget, accept
+        self.answered: Dict[Tuple[str, int], int] = collections.Counter()
+        self.routes: Dict[bytes, Route] = {}     # see `lead`
         self.request_timeout, self.idle_timeout = settings.request_timeout, settings.idle_timeout
         self.debug = log_event.isEnabledFor(logging.DEBUG)
         self.handlers: Dict[int, Handler] = {}
@@ -5644,13 +5633,12 @@ class Poll:
 
     # -- a round, in its order
 
-    def wait(self, seconds: float) -> List[Tuple[int, int]]:
-        """Wait until there is something to do; serve the connections that are ready, and return
-        what else the poll saw."""
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to do; serve the connections that are ready."""
         self._sleeping = True                # before the look at `_done`
         if self._done or self.backlog or self.sending:
             seconds = 0
-        events, others = self.epoll.poll(seconds, POLL_EVENTS), []
+        events = self.epoll.poll(seconds, POLL_EVENTS)
         self._sleeping, self.now = False, time.monotonic()
         for fd, flags in events:
             handler = self.handlers.get(fd)
@@ -5661,8 +5649,7 @@ class Poll:
             elif fd == self._bell:
                 os.read(self._bell, RECEIVE_BYTES)
             else:
-                others.append((fd, flags))
-        return others
+                self._accept()
 
     def look_again(self) -> None:
         """After a round that was cut off: no event comes twice, so each connection may have had
@@ -5684,7 +5671,7 @@ class Poll:
                 break
             handler, _ = self.backlog.popitem(last=False)
             self._have(handler, handler.serve)
-        broker = self.service.broker
+        broker = self.broker
         if broker.staging:
             broker.end_round()
         for _ in range(len(self._done)):
@@ -5725,7 +5712,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, broker: Broker) -> None:
         settings = broker.config.settings
-        self.broker, self.poll = broker, Poll(broker)
+        self.broker, self.poll = broker, Poll(broker, self._accept)
         self._refused: Set[Handler] = set()  # connections above the limit
         self._next_sweep = 0.0
         self._drain_until = math.inf         # a stop was asked for; when it has to be over
@@ -5769,8 +5756,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_round(self, seconds: float) -> None:
         """Wait for that long at most until there is something to do, and do it."""
-        for _ in self.poll.wait(seconds):
-            self._accept()
+        self.poll.wait(seconds)
         if self.poll.now >= self._next_sweep:
             self._next_sweep = self.poll.now + POLL_S
             self.poll.sweep()

@@ -6798,7 +6798,7 @@ class Rounds(ServerTest):
         ample.start()                        # on a busy machine too: steps are counted here
         self.addCleanup(ample.stop)
         self.poll, self.wires = self.server.poll, []
-        self.answered = self.poll.service.answered
+        self.answered = self.poll.answered
 
     def stop(self):
         for wire in self.wires:
@@ -7284,7 +7284,7 @@ class RoundsTest(Rounds):
                 self.round(2)
                 wire.close()
         self.round(2)
-        routes = self.poll.service.routes
+        routes = self.poll.routes
         self.assertGreater(len(routes), 2)
         seen, left = set(), [routes, self.broker.tokens, self.broker.config]
         while left:
