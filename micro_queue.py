@@ -4480,15 +4480,13 @@ class Request(NamedTuple):
     token is here as its sha256 only."""
 
     method: str = ""
-    action: Optional[str] = None             # None: no path of ours; "" is `/`
+    action: str = "?"                        # no path of ours; "" is `/`, "*" stands alone
     queue: Optional[str] = None
     query: str = ""
-    is_asterisk: bool = False                # OPTIONS *
     token_digest: Optional[bytes] = None     # None: no Authorization; empty: not understood
     length: Optional[int] = 0                # of the body; None: it is chunked
     expects: bool = False                    # the client waits for 100 Continue
-    keep_alive: bool = False
-    old: bool = False                        # HTTP/1.0
+    keep_alive: Optional[bytes] = None       # the field that says so; None: it is to be closed
     encoding: str = ""
     lines: bool = False                      # the body is application/x-ndjson
     forwarded: str = ""
@@ -4547,12 +4545,13 @@ def parse_request(head: bytes) -> Request:
     authorization = fields.get(b"authorization")
     bearer = BEARER.fullmatch(authorization or b"")
     options = {item.strip() for item in fields.get(b"connection", b"").lower().split(b",")}
+    closes = b"close" in options or (old and b"keep-alive" not in options)
     return Request(
-        method=method, action=named[1] or "" if named else None,
-        queue=named[2] if named else None, query=query, is_asterisk=path == "*",
+        method=method, action=named[1] or "" if named else "*" if path == "*" else "?",
+        queue=named[2] if named else None, query=query,
         token_digest=hashlib.sha256(bearer[1]).digest() if bearer else authorization and b"",
-        length=length, expects=expect is not None and length != 0, old=old,
-        keep_alive=b"close" not in options and (not old or b"keep-alive" in options),
+        length=length, expects=expect is not None and length != 0,
+        keep_alive=None if closes else b"Connection: keep-alive\r\n" if old else b"",
         encoding=fields.get(b"content-encoding", b"").decode("latin-1").lower(),
         lines=fields.get(b"content-type", b"").split(b";")[0].strip().lower() == NDJSON,
         forwarded=fields.get(b"x-forwarded-for", b"")[:200].decode("latin-1"))
@@ -4640,13 +4639,11 @@ def error_answer(error: Exception) -> Answer:
     return Answer(500, b"The server failed at this request; its log tells why\n", TEXT, close=True)
 
 
-def render_head(answer: Answer, *, keep_alive: bool, old: bool) -> bytes:
+def render_head(answer: Answer, keep_alive: Optional[bytes]) -> bytes:
     """Return the head of an answer, with its empty line."""
-    connection = b"" if keep_alive and not old else (
-        b"Connection: keep-alive\r\n" if keep_alive else b"Connection: close\r\n")
     return b"%b%d\r\nCache-Control: no-store\r\n%b%b\r\n" % (
-        start_of_head(answer.status, int(time.time())), len(answer.body), connection,
-        answer.headers)
+        start_of_head(answer.status, int(time.time())), len(answer.body),
+        b"Connection: close\r\n" if keep_alive is None else keep_alive, answer.headers)
 
 
 # ---- Actions ------------------------------------------------------------------------------
@@ -4735,12 +4732,12 @@ class Action(NamedTuple):
     """
 
     methods: Sequence[str]
-    permission: str                          # post, get, admin, any; "" needs no token
+    permission: str                          # post, get, peek, admin; "any" may name a queue, and
+                                             # "" names none and needs no token
     call: Callable[[Call], Optional[Answer]]
     text: str
     parameters: Mapping[str, Parameter] = {}
-    before_body: Optional[Callable[[Route], None]] = None    # refuses early; None: takes no body
-    on_queue: Optional[bool] = True          # whether it names a queue; None: it may
+    before_body: Optional[Callable[[Call], None]] = None     # refuses early; None: takes no body
 
     @property
     def allow(self) -> str:
@@ -4749,10 +4746,10 @@ class Action(NamedTuple):
 
 # -- the actions' functions, in the order of their rows
 
-def check_put(route: Route) -> None:
+def check_put(call: Call) -> None:
     """Refuse a put before its body is received. Raises ApiError."""
-    assert route.queue is not None
-    route.queue.check_room(0 if route.request.lines else route.request.length or 0)
+    request = call.route.request
+    call.queue.check_room(0 if request.lines else request.length or 0)
 
 
 def put(call: Call) -> Optional[Answer]:
@@ -4948,16 +4945,11 @@ ACTIONS: Mapping[str, Action] = {
     "backup": Action(("GET",), "admin", backup,
                      "GET: a tar of the queue as it is now; unpacked, its folder"),
     "purge": Action(("POST",), "admin", purge, "POST: drop every message of the queue"),
-    "stats": Action(GET_OR_HEAD, "any", show_stats, "GET: numbers of the token's queues as JSON",
-                    on_queue=None),
-    "": Action(GET_OR_HEAD, "", show_root, "GET: one line that the service runs",
-               on_queue=False),
-    "healthz": Action(GET_OR_HEAD, "", show_root, "GET: 200 while the process serves",
-                      on_queue=False),
-    "readyz": Action(GET_OR_HEAD, "", show_ready, "GET: 200 when queues are served",
-                     on_queue=False),
-    "metrics": Action(GET_OR_HEAD, "", show_metrics, "GET: metrics for Prometheus",
-                      on_queue=False),
+    "stats": Action(GET_OR_HEAD, "any", show_stats, "GET: numbers of the token's queues as JSON"),
+    "": Action(GET_OR_HEAD, "", show_root, "GET: one line that the service runs"),
+    "healthz": Action(GET_OR_HEAD, "", show_root, "GET: 200 while the process serves"),
+    "readyz": Action(GET_OR_HEAD, "", show_ready, "GET: 200 when queues are served"),
+    "metrics": Action(GET_OR_HEAD, "", show_metrics, "GET: metrics for Prometheus"),
 }
 OPTIONS = Action(("OPTIONS",), "", describe, "OPTIONS: what a path takes")
 NO_ROUTE = Route(Request(), OPTIONS)     # while no request is understood
@@ -4990,7 +4982,7 @@ def find_route(call: Call) -> Route:
     request, broker = call.route.request, call.broker
     action = find_action(request)
     if request.method == "OPTIONS":
-        if action is None and not request.is_asterisk:
+        if action is None and request.action != "*":
             raise no_such_path()
         route = call.route
     elif action is None or action.permission:
@@ -5016,9 +5008,10 @@ def find_route(call: Call) -> Route:
 
 
 def find_action(request: Request) -> Optional[Action]:
-    action = ACTIONS.get(request.action) if request.action is not None else None
-    names_queue = request.queue is not None
-    return action if action and action.on_queue in (names_queue, None) else None
+    action = ACTIONS.get(request.action)
+    on_queue = request.queue is not None
+    good = action and (action.permission == "any" or bool(action.permission) == on_queue)
+    return action if good else None
 
 
 def _actions() -> str:
@@ -5335,7 +5328,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         """Receive a body, after 100 Continue where the client waits for it, then call the
         action. Raises ApiError."""
         assert self.route.action.before_body is not None     # find_route refused it
-        self.route.action.before_body(self.route)
+        self.route.action.before_body(self)
         if self.route.request.expects and self._at == len(self._data):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n", None)
         self._begun = True
@@ -5432,22 +5425,22 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
                 self._drop_body()
             self._unread = (math.inf if answer.close else 0 if self.state == LATE
                             else request.unread)
-            keep_alive = (request.keep_alive and self._unread <= SKIPPED_BODY_BYTES
-                          and self.broker.unready != DRAINING)
-            self._render(answer, request, keep_alive)
+            ends = self._unread > SKIPPED_BODY_BYTES or self.broker.unready == DRAINING
+            keep_alive = None if ends else request.keep_alive
+            self._render(answer, request.method, keep_alive)
         except Exception:                    # what was taken for it is put back
             self.drop(result)
             raise
         action = request.action if request.action in ACTIONS else "other"
-        self.answered[action or "", answer.status] += 1
+        self.answered[action, answer.status] += 1
         if self.poll.debug:
             self._log(request, answer)
         self.route = NO_ROUTE
-        self._begun, self._closing = False, not keep_alive
-        if keep_alive and self._unread:
+        self._begun, self._closing = False, keep_alive is None
+        if self._unread and not self._closing:
             self._body = self._skip(self._unread)
         self.state = (LATE if self._stream else      # for its pieces
-                      READ if keep_alive and not self._blocked else WRITE)
+                      WRITE if self._closing or self._blocked else READ)
         if self.state == READ and not self._body:
             self._await_next()
         else:
@@ -5481,9 +5474,9 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
             log_event.error("request_failed client=%s", self.peer, exc_info=error)
         return error_answer(error)
 
-    def _render(self, answer: Answer, request: Request, keep_alive: bool) -> None:
-        head = render_head(answer, keep_alive=keep_alive, old=request.old)
-        body = b"" if request.method == "HEAD" else answer.body
+    def _render(self, answer: Answer, method: str, keep_alive: Optional[bytes]) -> None:
+        head = render_head(answer, keep_alive)
+        body = b"" if method == "HEAD" else answer.body
         if isinstance(body, Stream):
             self._stream, body = body, b""
         size = len(body)
