@@ -2289,7 +2289,7 @@ class State:
         self._slowest: Optional[Subscription] = None     # who holds most, as far as is known
         self._counting = False               # whether what is held is counted yet
         self._early: Dict[str, int] = {}     # the highest copy beyond a cursor; see settle_in
-        self.sources: Set[int] = set()       # segments out of which a recovery met copies
+        self.copies: Dict[int, int] = {}     # by segment, where the last copy out of it ends
 
     @property
     def next_id(self) -> int:
@@ -2337,14 +2337,14 @@ class State:
                 subscription.entries.put(id_, message.offset, entry[2], entry[3], entry[4])
             elif id_ >= subscription.cursor_id:
                 if not is_new:               # out of a segment that is not passed: of any of them
-                    self.sources.update(n for n in self.log.segments
-                                        if n >= subscription.cursor >> SEGMENT_SHIFT)
+                    self.copies.update((n, message.offset + message.size)
+                                       for n in self.log.segments
+                                       if n >= subscription.cursor >> SEGMENT_SHIFT)
                 if not message.delay_ms:
                     self._early[subscription.name] = max(id_, self._early.get(subscription.name, 0))
                 subscription.entries.put(id_, message.offset, message.due_ms, message.size, 0)
         if moved is not None and not is_new:
-            if not self._counting:
-                self.sources.add(moved >> SEGMENT_SHIFT)
+            self.copies[moved >> SEGMENT_SHIFT] = message.offset + message.size
             self.live[moved >> SEGMENT_SHIFT] -= message.size
             self.live[message.offset >> SEGMENT_SHIFT] += message.size
 
@@ -2485,9 +2485,15 @@ class State:
         return not self.live.get(number) and (puts == self.start_of(number).puts or all(
             s.passed >= puts for s in self.subscriptions.values()))
 
+    @property
+    def progress(self) -> List[int]:
+        """How many bytes were put, and passed by each subscriber."""
+        return [self.start.put_bytes, *(s.passed_bytes for s in self.subscriptions.values())]
+
     def leave(self, number: int) -> None:
         """Have no cursor in a segment that holds nothing; it is about to go."""
         self.live.pop(number, None)
+        self.copies.pop(number, None)
         following = self.log.after(number)
         for s in self.subscriptions.values():
             if following is not None and s.cursor >> SEGMENT_SHIFT == number:
@@ -2970,14 +2976,6 @@ def is_line(payload: bytes) -> bool:
     return b"\r" not in payload and payload.find(b"\n", 0, -1) < 0 and payload != b"\n"
 
 
-class Covered(NamedTuple):
-    """What the last snapshot covers: as much is not to be read by the next start."""
-
-    copies: int = 0                          # made until it was frozen
-    put_bytes: int = 0
-    passed_bytes: Mapping[str, int] = {}     # by subscriber
-
-
 def lines_in(messages: Sequence[Message], room: int) -> int:
     """Return how many messages, from the first on, can travel as lines within so many bytes."""
     payloads = [message.payload for message in messages]
@@ -3061,10 +3059,8 @@ class Queue:
         self._settled: Dict[str, List[int]] = {}         # staged ids by subscriber
         self._ttl_ms = config.ttl * 1000 if config.ttl else NEVER
         self._most = config.max_deliveries or NEVER
-        self._covered = Covered()
-        self._copies = 0                     # made ever
+        self._covered, self._snapshot_tail = [0], 0      # progress and tail of the last snapshot
         self._is_unready = False             # no next segment could be made
-        self._copied: Dict[int, int] = {}    # by segment, the number of the last copy out of it
 
     # -- life
 
@@ -3086,7 +3082,6 @@ class Queue:
         state.settle_in()
         self._epoch_ms = max(self._clock.wall_ms(), state.time_ms) - self._clock.monotonic_ms()
         scanned = state.start.put_bytes - (head["start"][2] if head else 0)
-        self._copies, self._copied = 1, dict.fromkeys(state.sources, 1)      # none is covered yet
         if not (clean or is_new):            # ids of records that are lost may have been seen
             state.see_id(state.next_id + ID_GAP - 1)
             log.rewrite(start)
@@ -3110,7 +3105,7 @@ class Queue:
         try:
             work()
         except DiskFull:
-            exhaust(self._free_dead_segments(is_start=True))
+            exhaust(self._free_dead_segments())
             try:
                 work()
             except DiskFull:
@@ -3849,12 +3844,10 @@ class Queue:
     def wants_snapshot(self) -> bool:
         """Tell whether a start would have to read too much, or a full disk left marks owed."""
         with self.lock:
-            size, (_, put_bytes, passed) = self.log.snapshot_bytes, self._covered
-            limit = max(SNAPSHOT_DATA_BYTES, size)
+            size = self.log.snapshot_bytes
             return (self.owed > 0 or self.log.marks_tail - size > max(MARKS_BYTES, size // 2)
-                    or self.state.start.put_bytes - put_bytes > limit
-                    or any(s.passed_bytes - passed.get(s.name, 0) > limit
-                           for s in self.state.subscriptions.values()))
+                    or any(now - then > max(SNAPSHOT_DATA_BYTES, size)
+                           for now, then in zip(self.state.progress, self._covered)))
 
     def snapshot(self, *, clean: bool = False) -> Steps[bool]:
         """Write what memory knows in place of the marks. Return whether there was space; then it
@@ -3862,14 +3855,13 @@ class Queue:
         with self.lock:
             self._write_settled_locked()
             frozen, since, owed = self.state.freeze(), self.log.marks_tail, self.owed
-            covered = Covered(self._copies, self.state.start.put_bytes, {
-                s.name: s.passed_bytes for s in self.state.subscriptions.values()})
+            covered, tail = self.state.progress, self.log.tail
         done = yield from self.log.write_snapshot(
             lambda marks: frozen.lines(marks, clean=clean), since, self.lock)
         if done:
             with self.lock:
                 self.owed -= owed            # what was refused since the freeze still is
-                self._covered = covered
+                self._covered, self._snapshot_tail = covered, tail
         return done
 
     def upkeep(self) -> Steps[None]:
@@ -3997,7 +3989,7 @@ class Queue:
             messages, position = self.log.read(before, end, SLICE_BYTES)
             for at in range(0, len(messages), SLICE_MESSAGES):
                 with self.lock:
-                    if not self._copy_locked(number, messages[at:at + SLICE_MESSAGES]):
+                    if not self._copy_locked(messages[at:at + SLICE_MESSAGES]):
                         return False
                 yield self._rest_s(time.perf_counter() - started)
                 started = time.perf_counter()
@@ -4011,7 +4003,7 @@ class Queue:
             self.compactions_total += 1
         return True
 
-    def _copy_locked(self, number: int, messages: Sequence[Message]) -> bool:
+    def _copy_locked(self, messages: Sequence[Message]) -> bool:
         subscriptions = self.state.subscriptions.values()
         held = [m for m in messages if any(s.entries.stands_at(m.id, m.offset)
                                            for s in subscriptions)]
@@ -4023,8 +4015,6 @@ class Queue:
                 self.log.append([message[:4] for message in held], self.state.apply)
             except DiskFull:
                 return False
-            self._copies += 1
-            self._copied[number] = self._copies
         return True
 
     def _rest_s(self, worked_s: float) -> float:
@@ -4032,27 +4022,26 @@ class Queue:
         dead = max(1, self.log.size - self.state.held_bytes)
         return worked_s * 6 * min(1, (self.state.held_bytes + DEAD_BYTES) / dead)
 
-    def _free_dead_segments(self, *, is_start: bool = False) -> Steps[None]:
+    def _free_dead_segments(self) -> Steps[None]:
         """Remove sealed segments in which nothing is held. One out of which a copy was made goes
         only behind a snapshot that knows the copy."""
-        for segment in self.log.left_over():
-            yield from self.log.remove(segment)
+        gone = self.log.left_over()
         with self.lock:
             dead = [s.number for s in self._sealed() if self.state.is_dead(s.number)]
-        if not dead:
-            return
-        if not is_start and any(self._copied.get(n, 0) > self._covered.copies for n in dead):
+        if not all(map(self._is_covered, dead)):
             yield from self.snapshot()
-        self.log.sync()                      # the current one's start tells the next id
-        forgotten = []
+        if dead:
+            self.log.sync()                  # the current one's start tells the next id
         with self.lock:
-            for number in dead:
-                if self._copied.get(number, 0) <= self._covered.copies:
-                    self.state.leave(number)
-                    self._copied.pop(number, None)
-                    forgotten.append(self.log.forget(number))
-        for segment in forgotten:
+            for number in filter(self._is_covered, dead):
+                self.state.leave(number)
+                gone.append(self.log.forget(number))
+        for segment in gone:
             yield from self.log.remove(segment)
+
+    def _is_covered(self, number: int) -> bool:
+        """Tell whether the snapshot knows all copies that were made out of a segment."""
+        return self.state.copies.get(number, 0) <= self._snapshot_tail
 
 
 def exhaust(steps: Steps[T]) -> T:

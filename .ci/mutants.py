@@ -102,7 +102,7 @@ MUTANTS = [
          "until = 0 if mark else self.log.tail"),), (
         "ModelTest", "SubscriberTest.test_positions_are_kept_by_restarts_and_compactions")),
     Mutant("a segment that goes before its copies are known", (
-        ("self._copied[number] = self._copies", "pass"),), (
+        ("self.copies[moved >> SEGMENT_SHIFT] = message.offset + message.size", "pass"),), (
         "SegmentTest.test_a_segment_out_of_which_copies_went_goes_only_behind_a_snapshot",)),
     Mutant("a number of a segment that comes back", (
         ("        self.highest = max([0, *numbers])\n", "        self.highest = 0\n"),
