@@ -5044,8 +5044,7 @@ def authorize(call: Call, action: Optional[Action]) -> Route:
     queue = broker.queues.get(request.queue)
     if queue is None:
         raise ApiError(404, f"No queue is named {request.queue}; queues stand in the config")
-    own = token.name if token.name in queue.subscribers else None
-    subscriber = FIFO if FIFO in queue.subscribers else own
+    subscriber = next((name for name in (FIFO, token.name) if name in queue.subscribers), None)
     if subscriber is None and action.permission == "get":
         raise ApiError(403, "An admin token is no subscriber of a broadcast queue; use a token "
                             "without admin that has the queue in its get")
@@ -5131,6 +5130,8 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         self._closing = False                # once all is sent
         self._stream: Optional[Stream] = None        # of the answer under way, not yet at its end
         self._left_s = 0.0                   # of `deadline`: none while a piece of it is read
+        poll.handlers[request.fileno()] = self
+        poll.epoll.register(request, EVENTS)
 
     # -- what the poll and the actions call
 
@@ -5598,10 +5599,6 @@ class Poll:
 
     # -- for connections
 
-    def add(self, handler: Handler) -> None:
-        self.handlers[handler.connection.fileno()] = handler
-        self.epoll.register(handler.connection, EVENTS)
-
     def left(self, answer: Optional[Answer], *, sent: bool) -> None:
         """An answer left, or could not: settle what was taken for it, or put it back."""
         if answer and answer.held:
@@ -5760,20 +5757,20 @@ class Server(http.server.ThreadingHTTPServer):
                     event(logging.ERROR, "cannot_accept", error=error.strerror)
                     self.poll.epoll.modify(self.socket, 0)   # a pause, not a spin
                 return
-            self._add(Handler(connection, address, self.poll))
+            self._add(connection, address)
 
-    def _add(self, handler: Handler) -> None:
+    def _add(self, connection: socket.socket, address: Tuple[Any, ...]) -> None:
         self._refused = {refused for refused in self._refused if refused.state != CLOSED}
-        if len(self.poll.handlers) - len(self._refused) < self._max_connections:
-            self.poll.add(handler)
-        elif len(self._refused) < REFUSED_CONNECTIONS:
+        is_full = len(self.poll.handlers) - len(self._refused) >= self._max_connections
+        if is_full and len(self._refused) >= REFUSED_CONNECTIONS:
+            connection.close()
+            return
+        handler = Handler(connection, address, self.poll)
+        if is_full:
             self._refused.add(handler)
             event(logging.WARNING, "too_many_connections", client=handler.peer)
-            self.poll.add(handler)
             handler.take_up(ApiError(503, "Too many connections (max_connections); try again",
                                      close=True))
-        else:
-            handler.connection.close()
 
     # -- the end
 

@@ -6814,7 +6814,6 @@ class Rounds(ServerTest):
         """Return a wire to a connection of the poll; its `handler` is that."""
         wire = PairWire()
         wire.handler = mq.Handler(wire.other, ("pair", len(self.wires)), self.poll)
-        self.poll.add(wire.handler)
         self.wires.append(wire)
         return wire
 
