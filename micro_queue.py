@@ -2730,23 +2730,16 @@ class Space:
             return 0
         return status.f_bavail * status.f_frsize
 
-    def look(self) -> None:
+    def look(self) -> int:
         self.left = self.free_bytes() - self.min_free_bytes
-
-    def is_low(self) -> bool:
-        """Tell whether there may be no room for what is dead: then it is to go soon."""
-        return self.left < 0 or self.free_bytes() - self.min_free_bytes < DEAD_BYTES
+        return self.left
 
     def use(self, size: int) -> None:
         """Count bytes that are about to be written. Raises ApiError 503 if there is no room."""
+        if self.left < size and self.look() < size:
+            raise ApiError(503, "The disk is too full for this put (min_free_bytes); nothing "
+                                "was queued, try again later")
         self.left -= size
-        if self.left < 0:
-            self.look()
-            self.left -= size
-            if self.left < 0:
-                self.left += size
-                raise ApiError(503, "The disk is too full for this put (min_free_bytes); nothing "
-                                    "was queued, try again later")
 
 
 class Budget:
@@ -3920,7 +3913,7 @@ class Queue:
     def _emptiest(self) -> Optional[int]:
         """Return the segment to be cleaned next, None if that would not be worth it. Where it is
         the current one, that is sealed."""
-        is_low = self.owed > 0 or self.space.is_low()
+        is_low = self.owed > 0 or self.space.look() < DEAD_BYTES     # no room for what is dead
         with self.lock:
             sealed = self._sealed()
             current, dead = self.log.current, sum(map(self._dead_bytes, self.log.segments.values()))
@@ -4349,8 +4342,7 @@ class Broker:
             queue.bury(letters)
 
     def _watch_space(self) -> None:
-        self.space.look()
-        low = self.space.left <= 0
+        low = self.space.look() <= 0
         if low != self._low_space:
             self._low_space = low
             event(logging.WARNING, "disk_nearly_full" if low else "disk_has_space",
