@@ -3865,13 +3865,12 @@ class Queue:
             yield from self.snapshot()
         yield from self._put_back_files()
         yield from self._free_dead_segments()
-        before = -1
-        for number in iter(self._emptiest, None):
-            if number == before or not (yield from self._clean(number)):
-                break
-            yield from self._free_dead_segments()
-            before = number
-        yield from self._free_dead_segments()
+        with contextlib.suppress(DiskFull):
+            for segment in iter(self._emptiest, None):
+                yield from self._clean(segment)
+                yield from self._free_dead_segments()
+                if self.state.live.get(segment.number):      # not passed, or in use by then
+                    break
         if self.owed:                        # what was freed may be enough
             yield from self.snapshot()
 
@@ -3903,112 +3902,96 @@ class Queue:
         with self.lock:                      # a put may have done it meanwhile
             return self.log.current is not current or self.log.rotate(self.state.start)
 
-    def _sealed(self) -> List[Segment]:
-        return [s for s in list(self.log.segments.values())
-                if s is not self.log.current and s.start]
-
     def _dead_bytes(self, segment: Segment) -> int:
         return segment.end - EMPTY_BYTES - self.state.live.get(segment.number, 0)
 
-    def _emptiest(self) -> Optional[int]:
+    def _emptiest(self) -> Optional[Segment]:
         """Return the segment to be cleaned next, None if that would not be worth it. Where it is
         the current one, that is sealed."""
         is_low = self.owed > 0 or self.space.look() < DEAD_BYTES     # no room for what is dead
         with self.lock:
-            sealed = self._sealed()
-            current, dead = self.log.current, sum(map(self._dead_bytes, self.log.segments.values()))
-            is_full = current.end >= self._segment_bytes()   # for what is held now; no put comes
-            if is_full or (is_low and self._dead_bytes(current) >= DEAD_LOW_BYTES):
-                sealed = [*sealed, current] if self.log.ready else sealed
-            most = DEAD_LOW_BYTES if is_low else self.state.held_bytes + DEAD_BYTES
-            if dead <= most and len(sealed) <= SEGMENTS_MOST:
+            current, live, dead = self.log.current, self.state.live, self._dead_bytes
+            least, most = self._segment_bytes(), self.state.held_bytes + DEAD_BYTES
+            if is_low:
+                least = most = DEAD_LOW_BYTES
+            kept = [s for s in self.log.segments.values() if live.get(s.number) or s is current]
+            if sum(map(dead, kept)) <= most and len(kept) <= SEGMENTS_MOST:
                 return None
             cursor = min(s.cursor for s in self.state.subscriptions.values())
-            passed = [s for s in sealed if s.base | s.end <= cursor or s is current]
-            best = min(passed, key=lambda s: -self._dead_bytes(s) / s.end, default=None)
-            if best is None or self._dead_bytes(best) * 2 < best.end - EMPTY_BYTES:
+            passed = [s for s in kept
+                      if (s.end >= least if s is current else s.base | s.end <= cursor)]
+            best = max(passed, key=lambda s: dead(s) / s.end, default=None)
+            if best is None or dead(best) < live[best.number]:
                 return None
-        if best is current and not self._seal():
-            return None
-        return best.number
+        return best if best is not current or self._seal() else None
 
     def compact(self) -> Steps[None]:
         """Free the dead bytes of all segments that there are now. Raises CompactionFailed; what
         was freed stays freed."""
         with self.lock:
             self._write_settled_locked()
-            sealed = self._dead_bytes(self.log.current) > 0
-        if sealed and not self._seal():
+            segments = [s for s in self.log.segments.values() if self._dead_bytes(s) > 0]
+        if self.log.current in segments and not self._seal():
             raise CompactionFailed("there is no space for another segment")
-        for segment in [s for s in self._sealed() if self._dead_bytes(s) > 0]:
-            if (yield from self._pass_over(segment)) and not (
-                    yield from self._clean(segment.number)):
-                raise CompactionFailed("the disk is nearly full")
+        try:
+            for segment in segments:
+                if (yield from self._pass_over(segment)):
+                    yield from self._clean(segment)
+        except DiskFull:
+            raise CompactionFailed("the disk is nearly full") from None
         yield from self._free_dead_segments()
         self.compactions_total += 1
 
     def _pass_over(self, segment: Segment) -> Steps[bool]:
         """Move the cursors that stand in a segment of which half is dead to its end: what waits
         there becomes entries, the same state told otherwise. Return whether all passed it."""
+        end, puts = segment.base | segment.end, self.state.start_of(segment.number + 1).puts
         for consumers in self._consumers.values():
-            subscription, passed = consumers.subscription, 0
-            while subscription.cursor < segment.base | segment.end:
+            subscription = consumers.subscription
+            while subscription.cursor < end:
                 with self.lock:
-                    half = self._dead_bytes(segment) * 2 >= segment.end - EMPTY_BYTES
-                    if not half or passed > PASSED_OVER or subscription.cursor < segment.base:
+                    if (self._dead_bytes(segment) < self.state.live[segment.number]
+                            or puts - subscription.passed > PASSED_OVER
+                            or subscription.cursor < segment.base):
                         return False
                     for _ in range(AT_ONCE):
                         message = subscription.at_cursor(MIB)
-                        if message is None or message.offset > segment.base | segment.end:
+                        if message is None or message.offset > end:
                             break
                         consumers.ready.add(message.id)      # first: no entry is forgotten
                         subscription.take_in(message)
-                        passed += 1
-                    done = (message is None and not subscription.is_behind) or (
-                        message is not None and message.offset > segment.base | segment.end)
                 yield FREE_WORK_REST_S
-                if done:
-                    break
         return True
 
-    def _clean(self, number: int) -> Steps[bool]:
+    def _clean(self, segment: Segment) -> Steps[None]:
         """Append what is still held of a sealed segment again, so that nothing in it is needed.
-        Return whether there was space for that."""
-        segment = self.log.segments[number]
-        position, end = segment.base | FIRST, segment.base | segment.end
-        while position < end:
-            started = time.perf_counter()
-            before = position
-            messages, position = self.log.read(before, end, SLICE_BYTES)
+        Raises DiskFull."""
+        position, after = -1, segment.base | FIRST
+        while after != position and self.state.live.get(segment.number):
+            position, started = after, time.perf_counter()
+            messages, after = self.log.read(position, segment.base | segment.end, SLICE_BYTES)
             for at in range(0, len(messages), SLICE_MESSAGES):
                 with self.lock:
-                    if not self._copy_locked(messages[at:at + SLICE_MESSAGES]):
-                        return False
+                    self._copy_locked(messages[at:at + SLICE_MESSAGES])
                 yield self._rest_s(time.perf_counter() - started)
                 started = time.perf_counter()
-            if position == before:           # it ends sooner: another reader met damage there
-                break
         with self.lock:
-            for consumers in self._consumers.values() if self.state.live.get(number) else ():
+            for consumers in self._consumers.values() if self.state.live[segment.number] else ():
                 for id_, offset, *_ in list(consumers.entries):      # whose bytes went bad
-                    if offset >> SEGMENT_SHIFT == number:
+                    if offset >> SEGMENT_SHIFT == segment.number:
                         self._message_locked(consumers, id_)
             self.compactions_total += 1
-        return True
 
-    def _copy_locked(self, messages: Sequence[Message]) -> bool:
+    def _copy_locked(self, messages: Sequence[Message]) -> None:
+        """Append those again that somebody holds. Raises DiskFull."""
         subscriptions = self.state.subscriptions.values()
-        held = [m for m in messages if any(s.entries.stands_at(m.id, m.offset)
-                                           for s in subscriptions)]
-        if held and self.space.free_bytes() < self.space.min_free_bytes // 4:
-            return False
+        held = [m[:4] for m in messages
+                if any(s.entries.stands_at(m.id, m.offset) for s in subscriptions)]
         if held:
+            if self.space.free_bytes() < self.space.min_free_bytes // 4:
+                raise DiskFull
             self._rotate_locked()
-            try:
-                self.log.append([message[:4] for message in held], self.state.apply)
-            except DiskFull:
-                return False
-        return True
+            self.log.append(held, self.state.apply)
 
     def _rest_s(self, worked_s: float) -> float:
         """Rest six times as long as was worked, less as dead bytes outgrow held ones."""
@@ -4020,7 +4003,8 @@ class Queue:
         only behind a snapshot that knows the copy."""
         gone = self.log.left_over()
         with self.lock:
-            dead = [s.number for s in self._sealed() if self.state.is_dead(s.number)]
+            dead = [n for n, s in self.log.segments.items()
+                    if s.start and s is not self.log.current and self.state.is_dead(n)]
         if not all(map(self._is_covered, dead)):
             yield from self.snapshot()
         if dead:
