@@ -2832,44 +2832,72 @@ def no_room(*, close: bool = False) -> ApiError:
 
 
 class Stream:
-    """Bytes that are too many to be held: `size` of them, in pieces, which are read elsewhere than
-    where they are sent. `close` it if it is not read to its end."""
+    """A backup under way: a tar of `size` bytes, in pieces, which are read elsewhere than where
+    they are sent. `close` it if it is not read to its end.
 
-    def __init__(self, size: int, pieces: Iterator[bytes]) -> None:
-        self.size, self._pieces = size, pieces
-        next(pieces)
+    `files` are held segments, each up to where it ended; each is released once it was read.
+    """
+
+    def __init__(self, queue: Queue, frozen: Frozen, files: Dict[Segment, int]) -> None:
+        self._queue, self._log, self._files, self.size = queue, queue.log, files, 0
+        self._parts = self._tar(frozen)
+        next(self._parts)                    # so that a close, too, releases them
 
     def __len__(self) -> int:
         return self.size
 
     def read(self) -> bytes:
         """Return the next piece, PIECE_BYTES at most, b"" at the end. Blocks for the disk."""
-        parts: List[bytes] = []
-        size = 0
-        for part in self._pieces:
-            parts.append(part)
-            size += len(part)
-            if size > PIECE_BYTES // 2:      # no part is larger than this
+        piece = bytearray()
+        for part in self._parts:
+            piece += part
+            if len(piece) > PIECE_BYTES // 2:        # no part is larger than this
                 break
-        return b"".join(parts)
+        return bytes(piece)
 
     def close(self) -> None:
-        self._pieces.close()                 # type: ignore[attr-defined]
+        self._parts.close()
 
+    def _tar(self, frozen: Frozen) -> Generator[bytes, None, None]:
+        try:
+            log_id = self._log.codec.log_id
+            marks_bytes = sum(map(len, frozen.lines(Marks(log_id))))
+            self.size = TAR_END_BYTES + sum(TAR_BLOCK_BYTES + size + -size % TAR_BLOCK_BYTES
+                                            for size in (marks_bytes, *self._files.values()))
+            yield b""
+            yield from self._member(META_NAME, marks_bytes, frozen.lines(Marks(log_id)))
+            del frozen                       # its pages are copies by and by
+            for segment, end in list(self._files.items()):
+                yield from self._member(segment.name, end, self._content(segment, end))
+                del self._files[segment]
+                self._log.release(segment)
+            yield bytes(TAR_END_BYTES)
+        finally:
+            for segment in self._files:
+                self._log.release(segment)
 
-def _tar_head(name: str, size: int) -> bytes:
-    import tarfile                           # only here: it costs a MiB of memory
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.mode = size, int(time.time()), 0o600
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    def _member(self, name: str, size: int, content: Iterable[bytes]) -> Iterator[bytes]:
+        import tarfile                       # only here: it costs a MiB of memory
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime, info.mode = size, int(time.time()), 0o600
+        yield info.tobuf(tarfile.USTAR_FORMAT)
+        yield from content
+        yield bytes(-size % TAR_BLOCK_BYTES)
 
-
-def _tar_end(size: int) -> bytes:
-    return bytes(-size % TAR_BLOCK_BYTES)
-
-
-def _tar_bytes(size: int) -> int:
-    return TAR_BLOCK_BYTES + size + len(_tar_end(size))
+    def _content(self, segment: Segment, end: int) -> Iterator[bytes]:
+        for at in range(0, end, PIECE_BYTES // 2):
+            # What was freed or emptied since it began is there for this alone.
+            if self._queue.space.left < 0 and any(s.is_gone or s.end < self._files[s]
+                                                  for s in self._files):
+                raise CompactionFailed("the disk is nearly full (min_free_bytes)")
+            size = min(PIECE_BYTES // 2, end - at)
+            data = self._log.read_raw(segment, size, at)
+            if len(data) < size:
+                raise CompactionFailed(f"{segment.name} is shorter than it was")
+            yield data
+        if segment.is_unreadable:
+            event(logging.ERROR, "backup_lacks_unreadable", queue=self._queue.config.name,
+                  file=segment.name)
 
 
 class Consumers:
@@ -3774,49 +3802,10 @@ class Queue:
         with self.lock:
             self._check_open()
             self._write_settled_locked()
-            frozen, segments = self.state.freeze(), list(self.log.segments.values())
-            files = [(segment, segment.end) for segment in segments]
-            self.log.hold(segments)
-        try:
-            marks_bytes = sum(map(len, frozen.lines(Marks(self.log.codec.log_id))))
-        except BaseException:
-            for segment in segments:
-                self.log.release(segment)
-            raise
-        size = _tar_bytes(marks_bytes) + sum(_tar_bytes(end) for _, end in files) + TAR_END_BYTES
-        return Stream(size, self._tar(frozen, marks_bytes, files))
-
-    def _tar(self, frozen: Frozen, marks_bytes: int,
-             files: List[Tuple[Segment, int]]) -> Iterator[bytes]:
-        """Yield the parts of a backup. A segment is held until it was read."""
-        try:
-            yield b""                        # begun: so that what is below is done at the end
-            yield _tar_head(META_NAME, marks_bytes)
-            yield from frozen.lines(Marks(self.log.codec.log_id))
-            yield _tar_end(marks_bytes)
-            del frozen                       # its pages are copies by and by
-            while files:
-                segment, end = files[0]
-                yield _tar_head(segment.name, end)
-                for at in range(0, end, PIECE_BYTES // 2):
-                    # What was freed or emptied since it began is there for this alone.
-                    if self.space.left < 0 and any(s.is_gone or s.end < e for s, e in files):
-                        raise CompactionFailed("the disk is nearly full (min_free_bytes)")
-                    to = min(at + PIECE_BYTES // 2, end)
-                    data = self.log.read_raw(segment, to - at, at)
-                    if len(data) < to - at:
-                        raise CompactionFailed(f"{segment.name} is shorter than it was")
-                    yield data
-                if segment.is_unreadable:
-                    event(logging.ERROR, "backup_lacks_unreadable", queue=self.config.name,
-                          file=segment.name)
-                yield _tar_end(end)
-                del files[0]
-                self.log.release(segment)
-            yield bytes(TAR_END_BYTES)
-        finally:
-            for segment, _ in files:
-                self.log.release(segment)
+            frozen = self.state.freeze()
+            files = {segment: segment.end for segment in self.log.segments.values()}
+            self.log.hold(files)
+        return Stream(self, frozen, files)
 
     # -- snapshots and space: what upkeep does, in steps
 
