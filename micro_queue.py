@@ -3809,19 +3809,18 @@ class Queue:
 
     # -- snapshots and space: what upkeep does, in steps
 
-    def prepare(self) -> None:
+    def prepare(self, *, at_once: bool = False) -> None:
         """Make the next segment ready if the current one needs one soon. Blocks for syncs."""
-        log = self.log
-        if log.ready is None and log.current.end >= READY_BYTES:
-            try:
-                log.make_ready()
-                self._is_unready = False
-            except (DiskFull, StorageError, OSError) as error:   # the current one simply grows
-                was_unready, self._is_unready = self._is_unready, True
-                if not was_unready:
-                    event(logging.WARNING, "segment_not_ready", queue=self.config.name,
-                          error=str(error) or "the disk is full",
-                          advice="until there is a next file, the current one grows")
+        try:
+            if at_once or self.log.current.end >= READY_BYTES:
+                self.log.make_ready()
+            self._is_unready = False
+        except (DiskFull, StorageError, OSError) as error:       # the current one simply grows
+            was_unready, self._is_unready = self._is_unready, True
+            if not was_unready:
+                event(logging.WARNING, "segment_not_ready", queue=self.config.name,
+                      error=str(error) or "the disk is full",
+                      advice="until there is a next file, the current one grows")
 
     def wants_snapshot(self) -> bool:
         """Tell whether a start would have to read too much, or a full disk left marks owed."""
@@ -3867,16 +3866,13 @@ class Queue:
         for name in self.log.missing_files():
             event(logging.ERROR, "file_is_missing", file=self.log.file(name),
                   advice="somebody deleted it; it is written again")
+            segment = self.log.segment_named(name)
             if name == META_NAME:
                 yield from self.snapshot()
-                continue
-            segment = self.log.segment_named(name)
-            if segment is self.log.current:
-                self._seal()
             elif segment is None:
                 with self.lock:
                     self.log.forget_ready(name)
-            if segment and segment is not self.log.current:
+            elif segment is not self.log.current or self._seal():
                 try:
                     yield from self.log.put_back(segment, self.lock)
                 except OSError as error:     # it is tried again
@@ -3886,8 +3882,7 @@ class Queue:
     def _seal(self) -> bool:
         """Go on in a new segment; return whether there was space for one."""
         current = self.log.current
-        with contextlib.suppress(DiskFull, StorageError, OSError):
-            self.log.make_ready()
+        self.prepare(at_once=True)
         with self.lock:                      # a put may have done it meanwhile
             return self.log.current is not current or self.log.rotate(self.state.start)
 
