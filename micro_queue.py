@@ -1953,11 +1953,14 @@ class Entries:
     """Messages of a subscription by id, packed; in pages of ids, so that a copy costs next to
     nothing: `freeze` copies the table of pages, and a page is copied when it is changed first."""
 
-    def __init__(self, pages: Optional[Dict[int, Page]] = None) -> None:
-        self._pages: Dict[int, Page] = pages or {}
+    def __init__(self, pages: Iterable[Page] = ()) -> None:
+        self._pages = {next(iter(page)) >> PAGE_SHIFT: page for page in pages}
         self._ours: Set[int] = set()         # pages that no copy shares
-        self.count = sum(map(len, self._pages.values()))
-        self.delayed = sum([entry[2] > 0 for entry in self]) if pages else 0     # with a due time
+        self.delayed = sum(entry[2] > 0 for entry in self)       # with a due time
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._pages.values()))
 
     def _own(self, number: int) -> Page:
         """Return a page to be changed; it stays empty if there is no memory for that."""
@@ -1974,11 +1977,6 @@ class Entries:
         """Raises KeyError."""
         return Entry(*ENTRY.unpack(self._pages[id_ >> PAGE_SHIFT][id_]))
 
-    def get(self, id_: int) -> Optional[Entry]:
-        page = self._pages.get(id_ >> PAGE_SHIFT)
-        entry = page.get(id_) if page else None
-        return None if entry is None else Entry(*ENTRY.unpack(entry))
-
     def due(self, id_: int) -> Optional[int]:
         """Return when an entry's delay ends, 0 without one; None if it is none."""
         page = self._pages.get(id_ >> PAGE_SHIFT)
@@ -1987,10 +1985,9 @@ class Entries:
 
     def put(self, id_: int, offset: int, due_ms: int, size: int, deliveries: int) -> None:
         page = self._own(id_ >> PAGE_SHIFT)
-        old_due_ms = self.due(id_)
+        was_delayed = (self.due(id_) or 0) > 0
         page[id_] = ENTRY.pack(id_, offset, due_ms, size, deliveries)
-        self.count += old_due_ms is None
-        self.delayed += (due_ms > 0) - (old_due_ms is not None and old_due_ms > 0)
+        self.delayed += (due_ms > 0) - was_delayed
 
     def add(self, messages: Sequence[Message]) -> None:
         """Make entries of a run of messages without a delay that are none yet."""
@@ -2000,41 +1997,34 @@ class Entries:
                 number = id_ >> PAGE_SHIFT
                 page = self._own(number)
             page[id_] = pack(id_, offset, 0, size, 0)
-            self.count += 1                  # each: the next may find no memory
 
     def pop(self, first: int, last: int) -> List[Tuple[int, ...]]:
         """Take out the entries from `first` to `last`; return the fields of each."""
         gone: List[bytes] = []
-        for number, ids in self._parts(first, last):
+        for number, ids in itertools.groupby(self.between(first, last),
+                                             lambda id_: id_ >> PAGE_SHIFT):
             page = self._own(number)
             gone += map(page.pop, ids)
             if not page:
                 del self._pages[number]
                 self._ours.discard(number)
         entries = list(ENTRY.iter_unpack(b"".join(gone)))
-        self.count -= len(entries)
         self.delayed -= sum([entry[2] > 0 for entry in entries]) if self.delayed else 0
         return entries
 
     def between(self, first: int, last: int) -> List[int]:
-        """Return the ids from `first` to `last`."""
-        return [id_ for _, ids in self._parts(first, last) for id_ in ids]
-
-    def _parts(self, first: int, last: int) -> Iterator[Tuple[int, List[int]]]:
-        """Yield, in order, the pages that have ids from `first` to `last`, and these."""
+        """Return the ids from `first` to `last`, in order."""
         if first == last:                    # as nearly always
-            if first in self:
-                yield first >> PAGE_SHIFT, [first]
-            return
+            return [first] if first in self else []
         numbers: Sequence[int] = range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
         if len(numbers) > len(self._pages):
             numbers = sorted([number for number in self._pages if number in numbers])
+        found: List[int] = []
         for number in numbers:
             page, start = self._pages.get(number, {}), number << PAGE_SHIFT
             ids = range(max(first, start), min(last + 1, start + (1 << PAGE_SHIFT)))
-            found = [id_ for id_ in ids if id_ in page] if page else []
-            if found:
-                yield number, found
+            found += filter(page.__contains__, ids) if page else ()
+        return found
 
     def has_page(self, id_: int) -> bool:
         return id_ >> PAGE_SHIFT in self._pages
@@ -2042,20 +2032,15 @@ class Entries:
     def stands_at(self, id_: int, offset: int) -> bool:
         return id_ in self and self[id_].offset == offset
 
-    def lowest(self) -> Optional[int]:
+    def lowest(self) -> int:
+        """Return the lowest id, NEVER without any."""
         number = min(filter(self._pages.get, self._pages), default=None)
-        return None if number is None else min(self._pages[number])
+        return NEVER if number is None else min(self._pages[number])
 
-    def freeze(self) -> Dict[int, Page]:
+    def freeze(self) -> List[Page]:
         """Return the pages as they are now; they never change from here on."""
         self._ours.clear()
-        return dict(self._pages)
-
-    def clear(self) -> Steps[None]:
-        """Let go of all, a page a step: many at once would take long."""
-        while self._pages:
-            self._pages.popitem()
-            yield 0
+        return list(filter(None, self._pages.values()))
 
     def __iter__(self) -> Iterator[Tuple[int, ...]]:
         """Yield the fields of each entry: there may be millions."""
@@ -2221,15 +2206,13 @@ class Subscription:
 
     def oldest_ms(self) -> Optional[int]:
         """Return when the first message was put that is not settled; reads a few heads only."""
-        log, lowest, cursor = self._state.log, self.entries.lowest(), self.cursor
-        if lowest is not None and lowest < self.cursor_id:
-            first = log.glance(self.entries[lowest].offset)
-            return first.time_ms if first else None
+        lowest = self.entries.lowest()
+        offset = self.entries[lowest].offset if lowest < self.cursor_id else self.cursor
         for _ in range(GLANCES if self.held_count else 0):
-            message = log.glance(cursor)
+            message = self._state.log.glance(offset)
             if message is None or self._waits(message) or message.id in self.entries:
                 return message.time_ms if message else None
-            cursor = message.offset + message.size
+            offset = message.offset + message.size
         return None
 
     def _waits(self, message: Message) -> bool:
@@ -2242,7 +2225,7 @@ class Subscription:
         self._state.let_go(self.entries.pop(first, last), self)
 
     def _forget(self, mark: Mark) -> None:
-        self._state.trash.append(self.entries)
+        self._state.trash += self.entries.freeze()
         self.entries = Entries()
         self.stand_at(mark.tail, self._state.start)
         self.cursor_id = mark.first
@@ -2285,7 +2268,7 @@ class State:
         self.subscriptions: Dict[str, Subscription] = {}
         self.held_count = self.held_bytes = 0            # by anyone
         self.live: Dict[int, int] = collections.defaultdict(int)     # of it, bytes by segment
-        self.trash: List[Entries] = []       # to be let go of piece by piece
+        self.trash: List[Page] = []          # to be let go of one by one: at once would take long
         self._slowest: Optional[Subscription] = None     # who holds most, as far as is known
         self._counting = False               # whether what is held is counted yet
         self._early: Dict[str, int] = {}     # the highest copy beyond a cursor; see settle_in
@@ -2331,8 +2314,8 @@ class State:
                 return
         moved = None
         for subscription in self.subscriptions.values():
-            entry = subscription.entries.get(id_)
-            if entry:
+            if id_ in subscription.entries:
+                entry = subscription.entries[id_]
                 moved = entry[1]
                 subscription.entries.put(id_, message.offset, entry[2], entry[3], entry[4])
             elif id_ >= subscription.cursor_id:
@@ -2425,7 +2408,7 @@ class State:
         pages: List[Page] = []
         places = []
         for s in self.subscriptions.values():
-            own = list(filter(None, s.entries.freeze().values()))
+            own = s.entries.freeze()
             pages += own
             places.append([s.name, s.cursor_id, s.cursor, s.passed, s.passed_bytes, len(own)])
         codec = self.log.codec
@@ -2442,8 +2425,7 @@ class State:
         for name, cursor_id, cursor, passed, passed_bytes, count in head["subscriptions"]:
             s = self.subscriptions[name] = Subscription(name, self)
             s.stand_at(cursor, Start(cursor_id, passed, passed_bytes))
-            s.entries = Entries({next(iter(page)) >> PAGE_SHIFT: page
-                                 for page in pages[at:at + count]})
+            s.entries = Entries(pages[at:at + count])
             at += count
 
     def mend_starts(self) -> None:
@@ -2557,18 +2539,16 @@ class State:
         and counts as few deliveries."""
         lowest = min(subscriptions, key=lambda s: s.cursor_id)
         union = self._like(lowest, FIFO)
-        for id_ in sorted({entry[0] for s in subscriptions for entry in s.entries}):
-            found = [s.entries.get(id_) for s in subscriptions]
-            place = next(entry for entry in found if entry)
+        for id_, offset, _, size, _ in itertools.chain(*[s.entries for s in subscriptions]):
             if id_ >= union.cursor_id and id_ not in lowest.entries:
-                message = self.log.glance(place.offset)
+                message = self.log.glance(offset)
                 if message and not message.delay_ms:     # it waits at the cursor
                     continue
-            waits = any(entry is None and id_ >= s.cursor_id
-                        for s, entry in zip(subscriptions, found))
-            due_ms = 0 if waits else min(entry[2] for entry in found if entry)
-            count = 0 if waits else min(entry[4] for entry in found if entry)
-            union.entries.put(id_, place[1], due_ms, place[3], count)
+            found = [s.entries[id_] for s in subscriptions if id_ in s.entries]
+            if any(id_ >= s.cursor_id and id_ not in s.entries for s in subscriptions):
+                found.append(Entry(id_, offset, 0, size, 0))     # it waits at another cursor
+            union.entries.put(id_, offset, min(entry.due_ms for entry in found), size,
+                              min(entry.deliveries for entry in found))
         return union
 
     def recover(self, marks: Sequence[Mark], start: int) -> None:
@@ -2966,8 +2946,7 @@ class Consumers:
             self.make_ready(id_)
 
     def make_ready(self, id_: int) -> None:
-        _, offset, _, size, deliveries = self.entries[id_]
-        self.entries.put(id_, offset, 0, size, deliveries)
+        self.entries.put(*self.entries[id_]._replace(due_ms=0))
         self.note([id_], 0)
 
     def _is_ready(self, id_: int) -> bool:
@@ -3848,7 +3827,8 @@ class Queue:
     def upkeep(self) -> Steps[None]:
         """Do what there is to do now: a snapshot, and space that can be freed."""
         while self.state.trash:
-            yield from self.state.trash.pop().clear()
+            self.state.trash.pop()
+            yield 0
         if self.wants_snapshot():
             yield from self.snapshot()
         yield from self._put_back_files()

@@ -2567,7 +2567,7 @@ class EntriesTest(unittest.TestCase):
         self.assertEqual(entries[7], (7, 107, 999, 50, 2))
         entries.put(7, 200, 0, 50, 3)        # moved, and no longer delayed
         self.assertEqual((entries.count, entries.delayed, entries[7].offset), (4, 0, 200))
-        self.assertEqual((entries.due(7), entries.due(8), entries.get(8)), (0, None, None))
+        self.assertEqual((entries.due(7), entries.due(8), 8 in entries), (0, None, False))
         self.assertEqual(sorted(entry[0] for entry in entries), [1, 5, 7, 5000])
         self.assertEqual(entries.lowest(), 1)
         for first, last in ((1, 5), (2, 5000), (0, 1 << 50), (8, 4999)):
@@ -2587,17 +2587,15 @@ class EntriesTest(unittest.TestCase):
     def test_a_frozen_page_never_changes_again(self):
         entries = self.filled(*range(3000))
         frozen = entries.freeze()
-        before = {number: dict(page) for number, page in frozen.items()}
+        before = [dict(page) for page in frozen]
         entries.put(5, 999, 7, 1, 1)
         entries.put(5000, 999, 7, 1, 1)
         entries.pop(1024, 2047)
         again = entries.freeze()
         self.assertEqual(frozen, before)
-        self.assertEqual(sorted(again), [0, 2, 4])
-        self.assertIs(frozen[2], again[2])   # what did not change is shared
-        mq.exhaust(entries.clear())
-        self.assertEqual(frozen, before)
-        other = mq.Entries(dict(again))
+        self.assertEqual([min(page) for page in again], [0, 2048, 5000])
+        self.assertIs(frozen[2], again[1])   # what did not change is shared
+        other = mq.Entries(again)
         other.pop(0, 0)
         self.assertEqual(other.count, entries.count - 1)
         self.assertIn(0, again[0])
@@ -4281,7 +4279,7 @@ class BoundedTest(Folder):
             queue.put([b"x"] * count, delay_s=60)
             with Holds(queue) as holds:
                 self.assertEqual(queue.purge(), count)
-            self.assertEqual(sum(trash.count for trash in queue.state.trash), count)
+            self.assertEqual(sum(map(len, queue.state.trash)), count)
             self.assertGreater(sum(1 for _ in queue.upkeep()), count // 1024)
             self.assertFalse(queue.state.trash)
             return holds.most
