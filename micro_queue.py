@@ -2062,8 +2062,7 @@ class Subscription:
         self.entries = Entries()
         self.cursor_id, self.cursor = 0, FIRST
         self.passed, self.passed_bytes = 0, 0
-        self._ahead: List[Message] = []      # read, from `_at` on not passed yet
-        self._at = 0
+        self._ahead: Deque[Message] = collections.deque()        # read, and not passed yet
         self._read_to = FIRST                # where reading goes on
         self._first_id = 0                   # put in the segment that is read
 
@@ -2078,7 +2077,7 @@ class Subscription:
         self.cursor = self._read_to = offset
         self.passed, self.passed_bytes = start.puts, start.put_bytes
         self._first_id = start.next_id
-        self._ahead, self._at = [], 0
+        self._ahead.clear()
 
     # -- the cursor
 
@@ -2087,56 +2086,44 @@ class Subscription:
         Reads about `limit` bytes; `is_behind` tells whether there is more to be read. Raises
         ApiError 503 for want of memory."""
         while True:
-            while self._at < len(self._ahead):
-                message = self._ahead[self._at]
+            while self._ahead:
+                message = self._ahead[0]
                 if self._waits(message):
                     return message
                 self._pass(message)
-            if limit <= 0:
+            size = self._read_ahead() if limit > 0 else 0
+            if not size:
                 return None
-            before = self._read_to
-            if not self._read_ahead():
-                return None
-            limit -= _distance(before, self._read_to)
+            limit -= size
 
     @property
     def is_behind(self) -> bool:
-        return self._at == len(self._ahead) and self._read_to < self._state.end
+        return not self._ahead and self._read_to < self._state.end
 
-    def _read_ahead(self) -> bool:
-        """Read the next messages; return whether there was anything to read."""
-        start = self._read_to
-        if start >= self._state.end:
-            if self.passed != self._state.start.puts:
-                self._pass_all(self._state.start)
-            return False
+    def _read_ahead(self) -> int:
+        """Read the next messages; return about how many bytes that were, 0 at the end."""
+        state, start = self._state, self._read_to
+        if start >= state.end:
+            if self.passed != state.start.puts:
+                self._pass_all(start, state.start)
+            return 0
         try:
-            return self._read_from(start)
-        except MemoryError:                  # as if nothing was read
-            self._ahead, self._at, self._read_to = [], 0, start
+            messages, after = state.log.read(start, state.end)
+        except MemoryError:
             raise no_memory() from None
+        if after == start:                   # the segments up to the end are gone
+            after = state.end
+        if after >> SEGMENT_SHIFT > start >> SEGMENT_SHIFT:
+            self._pass_all(after, state.start_of(after >> SEGMENT_SHIFT))
+        elif not messages:                   # damage is skipped
+            self.cursor = after
+        self._ahead, self._read_to = collections.deque(messages), after
+        return _distance(start, after)
 
-    def _read_from(self, start: int) -> bool:
-        state = self._state
-        self._ahead, self._read_to = state.log.read(start, state.end)
-        self._at = 0
-        if self._read_to == start:           # the segments up to the end are gone
-            self._read_to = state.end
-            self._pass_all(state.start)
-            return False
-        number = self._read_to >> SEGMENT_SHIFT
-        if number > start >> SEGMENT_SHIFT:
-            self._pass_all(state.start_of(number))
-        elif not self._ahead and self._read_to >= state.end:
-            self._pass_all(state.start)
-        elif not self._ahead:
-            self.cursor = self._read_to
-        return True
-
-    def _pass_all(self, start: Start) -> None:
-        """All that was read is passed; what could not be read, or is gone, is counted as well."""
+    def _pass_all(self, offset: int, start: Start) -> None:
+        """All before an offset is passed; what was not read, or is gone, is counted as well."""
         missed = self.passed != start.puts
-        self.stand_at(self._read_to, start)
+        self.stand_at(offset, start)
         if missed:
             self._state.count_anew()
 
@@ -2146,7 +2133,7 @@ class Subscription:
         run = [message]
         if message.id >= self._first_id:     # what was put here is not counted with a copy
             most = min(most, before - message.id)
-            for message in self._ahead[self._at + 1:self._at + most]:
+            for message in itertools.islice(self._ahead, 1, most):
                 id_ = message.id
                 if id_ != run[-1].id + 1 or message.delay_ms or id_ in self.entries:
                     break
@@ -2157,15 +2144,14 @@ class Subscription:
         """Move the cursor over a message that is, or becomes, an entry, or does not wait; or over
         a run of those that do."""
         first, last = run[0], run[-1]
-        self._at += len(run)
+        for _ in run:
+            self._ahead.popleft()
         if last.id >= self.cursor_id:
             self.cursor_id = last.id + 1
         self.cursor = last.offset + last.size
         if first.id >= self._first_id and not first.delay_ms:        # put here, no copy
             self.passed += len(run)
             self.passed_bytes += self.cursor - first.offset
-        if self._at == len(self._ahead):     # the last may be large: it is not kept
-            self._ahead, self._at = [], 0
 
     def take_in(self, *run: Message) -> None:
         """Make the message, or run, at the cursor entries: the same state, told otherwise."""

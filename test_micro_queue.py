@@ -829,8 +829,7 @@ def unused_bytes(handler):
 
 def read_ahead_count(queue, subscriber=""):
     """Return how many messages a subscription holds in memory because it read ahead."""
-    subscription = queue.state.subscriptions[subscriber]
-    return len(subscription._ahead) - subscription._at
+    return len(queue.state.subscriptions[subscriber]._ahead)
 
 
 # ---- A folder and its queues --------------------------------------------------------------
