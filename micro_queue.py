@@ -2158,35 +2158,29 @@ class Subscription:
         self.entries.add(run)
         self._pass(*run)
 
-    def advance(self, last: int, drop_from: int) -> None:
-        """Move the cursor over what was put up to `last`: what is below `drop_from` becomes an
-        entry."""
-        message = self.at_cursor()
-        while message and message.id <= last:
-            if message.id < drop_from:
-                self.take_in(message)
-            else:
-                self._pass(message)
-                self._state.let_go([(message.id, message.offset, 0, message.size, 0)], self)
-            message = self.at_cursor()
+    def advance(self, last: int) -> None:
+        """Make entries of what waits at the cursor, up to `last`."""
+        for message in iter(self.at_cursor, None):
+            if message.id > last:
+                break
+            self.take_in(message)
 
     # -- what the marks say
 
     def apply(self, mark: Mark) -> None:
         if mark.kind == POSITION:
             self._forget(mark)
-        elif mark.kind == SETTLED:
+            return
+        if mark.last >= self.cursor_id:
+            self.advance(mark.last)
+        if mark.kind == SETTLED:
             self.drop(mark.first, mark.last)
-            if mark.last >= self.cursor_id:
-                self.advance(mark.last, mark.first)
-                self.drop(mark.first, mark.last)
-                self.cursor_id = max(self.cursor_id, mark.last + 1)
-        else:
-            if mark.last >= self.cursor_id:
-                self.advance(mark.last, mark.last + 1)
-            for id_ in self.entries.between(mark.first, mark.last):
-                entry = self.entries[id_]
-                self.entries.put(id_, entry.offset, mark.due_ms, entry.size, mark.deliveries)
+            if mark.last >= self.cursor_id:  # of a record that is not there
+                self.cursor_id = mark.last + 1
+            return
+        for id_ in self.entries.between(mark.first, mark.last):
+            entry = self.entries[id_]
+            self.entries.put(id_, entry.offset, mark.due_ms, entry.size, mark.deliveries)
 
     # -- looking on
 
@@ -2477,7 +2471,7 @@ class State:
                 subscription.entries.pop(id_, id_)
             self._mend_cursor(subscription)
             early_id = self._early.get(subscription.name, 0)
-            subscription.advance(early_id, early_id + 1)     # so that none is counted twice
+            subscription.advance(early_id)     # so that none is counted twice
         self.recount()
 
     def _mend_cursor(self, subscription: Subscription) -> None:

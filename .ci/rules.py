@@ -69,9 +69,9 @@ Edit = Tuple[str, str]               # old and new text
 # What else may keep a rule's loss from doing harm, and how it is taken out.
 MEANS: Dict[str, Sequence[Edit]] = {
     "the look ahead of a start": ((
-        "            subscription.advance(early_id, early_id + 1)     # so that none",
+        "            subscription.advance(early_id)     # so that none",
         "            if early_id:\n"
-        "                subscription.advance(early_id, early_id + 1)     # so that none"),),
+        "                subscription.advance(early_id)     # so that none"),),
 }
 
 
