@@ -2065,6 +2065,7 @@ class Subscription:
         self._ahead: Deque[Message] = collections.deque()        # read, and not passed yet
         self._read_to = FIRST                # where reading goes on
         self._first_id = 0                   # put in the segment that is read
+        self.early_id = 0                    # the highest entry that would wait at the cursor, too
 
     @property
     def held_count(self) -> int:
@@ -2251,7 +2252,6 @@ class State:
         self.trash: List[Page] = []          # to be let go of one by one: at once would take long
         self._slowest: Optional[Subscription] = None     # who holds most, as far as is known
         self._counting = False               # whether what is held is counted yet
-        self._early: Dict[str, int] = {}     # the highest copy beyond a cursor; see settle_in
         self.copies: Dict[int, int] = {}     # by segment, where the last copy out of it ends
 
     @property
@@ -2304,7 +2304,7 @@ class State:
                                        for n in self.log.segments
                                        if n >= subscription.cursor >> SEGMENT_SHIFT)
                 if not message.delay_ms:
-                    self._early[subscription.name] = max(id_, self._early.get(subscription.name, 0))
+                    subscription.early_id = max(id_, subscription.early_id)
                 subscription.entries.put(id_, message.offset, message.due_ms, message.size, 0)
         if moved is not None and not is_new:
             self.copies[moved >> SEGMENT_SHIFT] = message.offset + message.size
@@ -2469,23 +2469,10 @@ class State:
                     if offset + size > ends.get(offset >> SEGMENT_SHIFT, 0)]
             for id_ in gone:                 # it was settled
                 subscription.entries.pop(id_, id_)
-            self._mend_cursor(subscription)
-            early_id = self._early.get(subscription.name, 0)
-            subscription.advance(early_id)     # so that none is counted twice
-        self.recount()
-
-    def _mend_cursor(self, subscription: Subscription) -> None:
-        """A cursor whose segment is gone comes to the next one; one beyond the tail to it."""
-        cursor = subscription.cursor
-        segment = self.log.segments.get(cursor >> SEGMENT_SHIFT)
-        if cursor > self.end:
-            subscription.stand_at(self.end, self.start)
-        elif segment is None or segment.start is None or cursor & POSITION_MASK > segment.end:
-            following = self.log.after(cursor >> SEGMENT_SHIFT)
-            if following is None:
+            if subscription.cursor > self.end:
                 subscription.stand_at(self.end, self.start)
-            else:
-                subscription.stand_at(following, self.start_of(following >> SEGMENT_SHIFT))
+            subscription.advance(subscription.early_id)      # out of segments that are gone, too
+        self.recount()
 
     def place(self, subscribers: Sequence[str]) -> Tuple[List[str], List[str]]:
         """Have these subscribers, and no others; return who joined and who left. A new one starts
