@@ -3033,9 +3033,8 @@ class Queue:
 
     def recover(self) -> None:
         """Load the log that `log.lock()` locked, and come to the state that it tells."""
-        log, state = self.log, State(self.log)
+        log, state = self.log, self.state
         is_new = log.load()
-        self.state = state
         state.mend_starts()
         head, pages, marks = log.read_marks()
         first = next((s.base for s in log.segments.values() if s.start), 0) | FIRST
@@ -3069,16 +3068,15 @@ class Queue:
 
     def _with_space(self, work: Callable[[], None]) -> None:
         """Do what a start has to; on a full disk once more, when all that is dead is gone."""
+        with contextlib.suppress(DiskFull):
+            return work()
+        exhaust(self._free_dead_segments())
         try:
             work()
         except DiskFull:
-            exhaust(self._free_dead_segments())
-            try:
-                work()
-            except DiskFull:
-                needed = self.state.freeze().size + MIB
-                raise StorageError(f"{self.log.folder}: the disk is full; free about {needed} "
-                                   "bytes, then start again") from None
+            needed = self.state.freeze().size + MIB
+            raise StorageError(f"{self.log.folder}: the disk is full; free about {needed} bytes, "
+                               "then start again") from None
 
     def _snapshot_or_full(self) -> None:
         if not exhaust(self.snapshot()):
@@ -3087,11 +3085,10 @@ class Queue:
     def _meet_subscribers(self) -> None:
         """Place the subscribers that are new, let go of those that left: part of the start's
         snapshot, all or nothing."""
-        kinds = FIFO in self.state.subscriptions, FIFO in self.subscribers
-        if self.state.subscriptions and kinds[0] != kinds[1]:
+        joined, left = self.state.place(self.subscribers)
+        if left and FIFO in joined + left:
             event(logging.WARNING, "kind_switched", queue=self.config.name, to=self.config.kind,
                   messages=self.state.held_count)
-        joined, left = self.state.place(self.subscribers)
         for what, names in (("joined", joined), ("left", left)):
             for name in filter(None, names):
                 event(logging.INFO, f"subscriber_{what}", queue=self.config.name, subscriber=name)
