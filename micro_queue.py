@@ -2126,7 +2126,7 @@ class Subscription:
         missed = self.passed != start.puts
         self.stand_at(offset, start)
         if missed:
-            self._state.count_anew()
+            self._state.recount()
 
     def run_at_cursor(self, message: Message, most: int, before: int) -> List[Message]:
         """Return the message that stands at the cursor, and neighbours that wait behind it: up to
@@ -2251,7 +2251,6 @@ class State:
         self.live: Dict[int, int] = collections.defaultdict(int)     # of it, bytes by segment
         self.trash: List[Page] = []          # to be let go of one by one: at once would take long
         self._slowest: Optional[Subscription] = None     # who holds most, as far as is known
-        self._counting = False               # whether what is held is counted yet
         self.copies: Dict[int, int] = {}     # by segment, where the last copy out of it ends
 
     @property
@@ -2306,7 +2305,7 @@ class State:
                 if not message.delay_ms:
                     subscription.early_id = max(id_, subscription.early_id)
                 subscription.entries.put(id_, message.offset, message.due_ms, message.size, 0)
-        if moved is not None and not is_new:
+        if moved is not None:
             self.copies[moved >> SEGMENT_SHIFT] = message.offset + message.size
             self.live[moved >> SEGMENT_SHIFT] -= message.size
             self.live[message.offset >> SEGMENT_SHIFT] += message.size
@@ -2326,8 +2325,6 @@ class State:
 
     def let_go(self, entries: Sequence[Tuple[int, ...]], by: Subscription) -> None:
         """Count out what the subscriber that settled it was the last to hold."""
-        if not self._counting:
-            return
         if len(self.subscriptions) > 1:
             entries = [entry for entry in entries if not self._is_held_by_others(entry[0], by)]
         for _, offset, _, size, _ in entries:
@@ -2345,11 +2342,6 @@ class State:
                 self._slowest = subscription
                 return True
         return False
-
-    def count_anew(self) -> None:
-        """What is held is not what was counted; a recovery counts at its end."""
-        if self._counting:
-            self.recount()
 
     def recount(self) -> None:
         """Count what is held, and where it stands; reads nothing, but looks at every entry."""
@@ -2369,12 +2361,10 @@ class State:
                     self.held_count += 1
         done = lowest.passed, lowest.passed_bytes
         for number in [n for n in self.log.segments if n >= lowest.cursor >> SEGMENT_SHIFT]:
-            following = self.log.after(number)
-            end = self.start_of(following >> SEGMENT_SHIFT) if following else self.start
+            end = self.start_of(number + 1)
             if end.puts > done[0]:
                 self.hold(end.puts - done[0], end.put_bytes - done[1], number << SEGMENT_SHIFT)
                 done = end.puts, end.put_bytes
-        self._counting = True
 
     def start_of(self, number: int) -> Start:
         """Return what was put before a segment; one that a kill left emptied held nothing."""
