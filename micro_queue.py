@@ -2057,15 +2057,14 @@ class Subscription:
     3. `passed` messages without a delay were put before the cursor.
     """
 
-    def __init__(self, name: str, state: State) -> None:
+    def __init__(self, name: str, state: State, cursor: int, start: Start,
+                 pages: Iterable[Page] = ()) -> None:
         self.name, self._state = name, state
-        self.entries = Entries()
-        self.cursor_id, self.cursor = 0, FIRST
-        self.passed, self.passed_bytes = 0, 0
-        self._ahead: Deque[Message] = collections.deque()        # read, and not passed yet
-        self._read_to = FIRST                # where reading goes on
-        self._first_id = 0                   # put in the segment that is read
+        self.entries = Entries(pages)
+        self.cursor_id = 0
         self.early_id = 0                    # the highest entry that would wait at the cursor, too
+        self._ahead: Deque[Message] = collections.deque()        # read, and not passed yet
+        self.stand_at(cursor, start)
 
     @property
     def held_count(self) -> int:
@@ -2075,9 +2074,9 @@ class Subscription:
     def stand_at(self, offset: int, start: Start) -> None:
         """Put the cursor where a segment, or the log, has so much before it."""
         self.cursor_id = max(self.cursor_id, start.next_id)
-        self.cursor = self._read_to = offset
+        self.cursor = self._read_to = offset             # reading goes on there
         self.passed, self.passed_bytes = start.puts, start.put_bytes
-        self._first_id = start.next_id
+        self._first_id = start.next_id                   # put in the segment that is read
         self._ahead.clear()
 
     # -- the cursor
@@ -2170,7 +2169,10 @@ class Subscription:
 
     def apply(self, mark: Mark) -> None:
         if mark.kind == POSITION:
-            self._forget(mark)
+            self._state.trash += self.entries.freeze()
+            self.entries = Entries()
+            self.stand_at(mark.tail, self._state.start)
+            self.cursor_id = mark.first
             return
         if mark.last >= self.cursor_id:
             self.advance(mark.last)
@@ -2204,12 +2206,6 @@ class Subscription:
     def drop(self, first: int, last: int) -> None:
         """Settle the entries from `first` to `last`."""
         self._state.let_go(self.entries.pop(first, last), self)
-
-    def _forget(self, mark: Mark) -> None:
-        self._state.trash += self.entries.freeze()
-        self.entries = Entries()
-        self.stand_at(mark.tail, self._state.start)
-        self.cursor_id = mark.first
 
 
 def _distance(before: int, after: int) -> int:
@@ -2311,8 +2307,6 @@ class State:
             self.live[message.offset >> SEGMENT_SHIFT] += message.size
 
     def apply_mark(self, mark: Mark) -> None:
-        if mark.subscriber not in self.subscriptions:    # its place was lost: from the start on
-            self.subscriptions[mark.subscriber] = Subscription(mark.subscriber, self)
         self.subscriptions[mark.subscriber].apply(mark)
         self.see_id(mark.first - 1 if mark.kind == POSITION else mark.last)
 
@@ -2391,12 +2385,11 @@ class State:
     def restore(self, head: Mapping[str, Any], pages: List[Page]) -> None:
         """Become what a snapshot says."""
         self.end, self.time_ms, self.start = head["tail"], head["time_ms"], Start(*head["start"])
-        at = 0
+        left = iter(pages)
         for name, cursor_id, cursor, passed, passed_bytes, count in head["subscriptions"]:
-            s = self.subscriptions[name] = Subscription(name, self)
-            s.stand_at(cursor, Start(cursor_id, passed, passed_bytes))
-            s.entries = Entries(pages[at:at + count])
-            at += count
+            self.subscriptions[name] = Subscription(
+                name, self, cursor, Start(cursor_id, passed, passed_bytes),
+                itertools.islice(left, count))
 
     def mend_starts(self) -> None:
         """Find out, before all else, what damaged starts of segments said: what is wrong about
@@ -2424,11 +2417,10 @@ class State:
 
     def begin(self, subscribers: Sequence[str], first: int) -> None:
         """Without any marks: everything waits that the data, from `first` on, holds."""
-        self.end = first
+        self.end, self.start = first, self.start_of(first >> SEGMENT_SHIFT)
         for name in subscribers:
-            s = self.subscriptions[name] = Subscription(name, self)
-            s.stand_at(first, self.start_of(first >> SEGMENT_SHIFT))
-            s.cursor_id = 0                  # copies of what was put before wait as well
+            self.subscriptions[name] = Subscription(name, self, first, self.start)
+            self.subscriptions[name].cursor_id = 0       # copies of what was put before wait, too
 
     def is_dead(self, number: int) -> bool:
         """Tell whether nobody needs a segment, ever again: none of it is held, and, which should
@@ -2471,25 +2463,18 @@ class State:
         known = self.subscriptions
         new = [name for name in subscribers if name not in known]
         left = [name for name in known if name not in subscribers]
-        if left and (FIFO in left or FIFO in subscribers):
-            union = self._union([known[FIFO]] if FIFO in left else list(known.values()))
-            for name in new:
-                known[name] = self._like(union, name)
-        else:
-            for name in new:
-                known[name] = Subscription(name, self)
-                known[name].stand_at(self.end, self.start)
-        for name in left:
-            del known[name]
+        place = Subscription(FIFO, self, self.end, self.start)
+        if left and FIFO in [*left, *new]:
+            place = self._union(list(known.values()))
+        self.subscriptions = {name: known.get(name) or self._like(place, name)
+                              for name in subscribers}
         if new or left:
             self.recount()
         return new, left
 
     def _like(self, other: Subscription, name: str) -> Subscription:
-        copy = Subscription(name, self)
-        copy.stand_at(other.cursor, Start(other.cursor_id, other.passed, other.passed_bytes))
-        copy.entries = Entries(other.entries.freeze())
-        return copy
+        return Subscription(name, self, other.cursor, Start(
+            other.cursor_id, other.passed, other.passed_bytes), other.entries.freeze())
 
     def _union(self, subscriptions: Sequence[Subscription]) -> Subscription:
         """Return the place of one who needs what any of these needs, as early as any of them,
