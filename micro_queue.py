@@ -2394,24 +2394,20 @@ class State:
     def mend_starts(self) -> None:
         """Find out, before all else, what damaged starts of segments said: what is wrong about
         where a segment's messages stand has it freed too early."""
-        before = None
-        for segment in self.log.segments.values():
+        segments = list(self.log.segments.values())
+        for before, segment in zip([None, *segments], segments):
             if segment.start == UNKNOWN:
-                self.log.mend_start(segment, self._start_behind(before))
-            before = segment if segment.start else None
+                self.log.mend_start(segment, self._start_behind(before) if before else Start())
 
-    def _start_behind(self, segment: Optional[Segment]) -> Start:
+    def _start_behind(self, segment: Segment) -> Start:
         """Return what a segment behind this one begins with."""
-        start = segment.start if segment else None
-        if segment is None or start is None:
-            return Start()
-        position, end = segment.base | FIRST, segment.base | segment.end
+        start, position = segment.start or Start(), segment.base | FIRST
         while True:
-            messages, after = self.log.read(position, end, LOG_CHUNK_BYTES)
+            messages, after = self.log.read(position, segment.base | segment.end, LOG_CHUNK_BYTES)
             for message in messages:
                 if message.id >= start.next_id:          # put here, no copy
                     start = start.behind(message)
-            if after == position or after >> SEGMENT_SHIFT != segment.number:
+            if after == position:
                 return start
             position = after
 
@@ -2496,36 +2492,25 @@ class State:
     def recover(self, marks: Sequence[Mark], start: int) -> None:
         """Apply what stands behind a snapshot: each mark at the tail of the data it was made at,
         wherever it happens to be read."""
-        messages: List[Message] = []
-        position, done = start, 0
-        if start & POSITION_MASK <= FIRST:
-            self._enter(start >> SEGMENT_SHIFT)
-        for mark in [*marks, None]:
-            until = mark.tail if mark else self.log.tail
-            while True:
+        left, position = collections.deque(marks), start
+        while True:
+            messages, after = self.log.read(position, self.log.tail, LOG_CHUNK_BYTES)
+            if after >> SEGMENT_SHIFT > position >> SEGMENT_SHIFT:
+                before, self.start = self.start, self.start_of(after >> SEGMENT_SHIFT)
+                self.see_id(before.next_id - 1)
+            done = 0
+            while left and (left[0].tail <= after or after == position):
                 ready = done
-                while ready < len(messages) and messages[ready].offset < until:
+                while ready < len(messages) and messages[ready].offset < left[0].tail:
                     ready += 1
                 self.apply(messages[done:ready])
                 done = ready
-                if done < len(messages) or position >= until:
-                    break
-                messages, after = self.log.read(position, self.log.tail, LOG_CHUNK_BYTES)
-                done = 0
-                if after == position:
-                    break
-                if after >> SEGMENT_SHIFT > position >> SEGMENT_SHIFT:
-                    self._enter(after >> SEGMENT_SHIFT)
-                position = after
-            if mark:
-                self.apply_mark(mark)
+                self.apply_mark(left.popleft())
+            self.apply(messages[done:])
+            if after == position:
+                break
+            position = after
         self.end = min(max(self.end, position), self.log.tail)       # or readers wait for ever
-
-    def _enter(self, number: int) -> None:
-        """Go on with what a segment's first record says."""
-        segment = self.log.segments[number]
-        if segment.start:
-            self.start = segment.start._replace(next_id=max(self.next_id, segment.start.next_id))
 
 
 # ---- Queue --------------------------------------------------------------------------------

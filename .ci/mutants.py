@@ -97,8 +97,7 @@ MUTANTS = [
         ("        self._ours.clear()\n        return list(", "        return list("),), (
         "EntriesTest.test_a_frozen_page_never_changes_again",)),
     Mutant("a mark that is applied where it is read", (
-        ("until = mark.tail if mark else self.log.tail",
-         "until = 0 if mark else self.log.tail"),), (
+        ("while left and (left[0].tail <= after or after == position):", "while left:"),), (
         "ModelTest", "SubscriberTest.test_positions_are_kept_by_restarts_and_compactions")),
     Mutant("a segment that goes before its copies are known", (
         ("self.copies[moved >> SEGMENT_SHIFT] = message.offset + message.size", "pass"),), (
