@@ -95,7 +95,6 @@ KIB, MIB = 1 << 10, 1 << 20
 NEVER = 1 << 62                  # a time (ms) that does not come, an id that is not given
 LOG_CHUNK_BYTES = 256 * KIB      # one read of a scan: large enough that reads cost nothing
 AHEAD_BYTES = 16 * KIB           # what a subscription reads ahead: small, for each has its own
-REWRITE_BYTES = MIB              # recovery rewrites the tail in pieces that fit any memory
 BLOCK_BYTES = 4 * KIB            # what a disk that cannot read loses at least
 ID_GAP = 1 << 24                 # more ids than could be lost unseen between two starts
 SEGMENT_BYTES = 16 * MIB         # a segment is sealed at this size, or at a 32nd of what is held
@@ -703,39 +702,57 @@ class Storage:
             self.mkdir(path, 0o700)
         self.fsync_folder(parent)
 
-    def write_all(self, fd: int, data: bytes, offset: int) -> None:
-        """Write all of `data`; goes on after a short write, which any disk makes beyond 2 GiB."""
-        size = self.pwrite(fd, data, offset)
+    def append(self, file: File, data: bytes) -> None:
+        """Write at the end of a file, which moves only once all of `data` is written: a short
+        write, which any disk makes beyond 2 GiB, is gone on with."""
+        size = self.pwrite(file.fd, data, file.end)
         while size < len(data):
-            more = self.pwrite(fd, data[size:], offset + size)
+            more = self.pwrite(file.fd, data[size:], file.end + size)
             if more <= 0:
                 raise OSError(errno.ENOSPC, "short write")
             size += more
+        file.end += size
+        if file.room < file.end:
+            file.room = file.end
 
 
 class DiskFull(Exception):
     """There is no space for an append; the log is as it was before."""
 
 
-class Segment:
+class File:
+    """A file that is appended to."""
+
+    def __init__(self, name: str, fd: int = -1) -> None:
+        self.name, self.fd = name, fd
+        self.end = 0                         # position behind what was written
+        self.room = 0                        # the file's size
+        self.is_unreadable = False           # in part: to be kept for whoever can read it
+
+
+class Segment(File):
     """A file of records. Written while it is the log's current one, and never again."""
 
     def __init__(self, number: int, fd: int) -> None:
-        self.number, self.fd = number, fd
-        self.end = FIRST                     # position behind its last record
-        self.room = 0                        # the file's size
+        super().__init__(f"data.{number}.log" if number else LOG_NAME, fd)
+        self.number, self.end = number, FIRST
         self.start: Optional[Start] = None   # None: ready to be used, or emptied
         self.users = 0                       # who needs `fd` without the owner's lock
         self.is_gone = False                 # no longer of the log; its last user closes it
-        self.is_unreadable = False           # in part: to be kept for whoever can read it
 
     @property
     def base(self) -> int:
         return self.number << SEGMENT_SHIFT
 
-    @property
-    def name(self) -> str:
-        return f"data.{self.number}.log" if self.number else LOG_NAME
+
+class MarksFile(File):
+    """A file of marks: a snapshot, and what was marked since it was frozen."""
+
+    def __init__(self, log_id: bytes, fd: int = -1) -> None:
+        super().__init__(META_NAME, fd)
+        self.lines = Marks(log_id)
+        self.synced = 0                      # how much of it a sync covered
+        self.snapshot_bytes = 0              # how much of it is the snapshot
 
 
 class Log:
@@ -756,7 +773,7 @@ class Log:
         self.folder, self.path = folder, os.path.join(folder, LOG_NAME)
         self.storage = storage or Storage()
         self.fsync = fsync
-        self.codec, self.marks = Codec(bytes(16), bytes(4)), Marks(bytes(16))    # until `load`
+        self.codec, self.marks = Codec(bytes(16), bytes(4)), MarksFile(bytes(16))    # until `load`
         self.segments: Dict[int, Segment] = {}           # by number, in their order
         self.current = Segment(0, -1)
         self.ready: Optional[Segment] = None             # the next one
@@ -770,10 +787,6 @@ class Log:
         self.damaged: Set[int] = set()       # offsets that were reported
         self.corrupt_records = 0
         self.syncs, self.sync_seconds = 0, 0.0
-        self.marks_fd, self.marks_tail = -1, 0
-        self._marks_synced = 0
-        self._copied_to = 0                  # of the marks, for a new file under way
-        self.snapshot_bytes = 0              # how much of the marks is the snapshot
         self._folder_fd = -1                 # after a rename that no sync of the folder followed
         self._has_room = False               # whether files get room ahead of their tail
         self._one_sync = threading.Lock()    # held while files sync; before `_commit`
@@ -868,8 +881,7 @@ class Log:
                 self.segments[number] = Segment(number, fd)
                 self.lock_file(fd)
         self.highest = max([0, *numbers])
-        head = self._open_marks()
-        codec = self._find_codec(head)
+        codec = self._find_codec(self._open_marks())
         first = self.read_raw(self.segments[0], FIRST, 0)
         is_new = False
         if codec is None or is_legacy:
@@ -888,15 +900,13 @@ class Log:
         return is_new
 
     def _use(self, codec: Codec) -> None:
-        self.codec, self.marks = codec, Marks(codec.log_id)
+        self.codec, self.marks.lines = codec, Marks(codec.log_id)
 
-    def _find_codec(self, head: Optional[Mapping[str, Any]]) -> Optional[Codec]:
+    def _find_codec(self, of_marks: Optional[Codec]) -> Optional[Codec]:
         """Return what any header, or the marks, tells the log's records by."""
         found = {number: Codec.of_header(self.read_raw(segment, FIRST, 0), number)
                  for number, segment in self.segments.items()}
-        codecs = [codec for codec in found.values() if codec]
-        if head is not None:
-            codecs.append(Codec(bytes.fromhex(head["log_id"]), bytes.fromhex(head["marker"])))
+        codecs = [codec for codec in [*found.values(), of_marks] if codec]
         for number, codec in found.items():
             if codec and codec.log_id != codecs[0].log_id:
                 raise StorageError(f"{self.file(self.segments[number].name)} belongs to another "
@@ -931,11 +941,13 @@ class Log:
         data = self.codec.header(segment.number)
         if start:
             data += self.codec.encode_start(start, segment.number)
-        self.storage.write_all(segment.fd, data, 0)
+        first = File(segment.name, segment.fd)           # of a file that may go on behind it
+        self.storage.append(first, data)
         os.fchmod(segment.fd, 0o600)
         self.storage.fdatasync(segment.fd)
         self.storage.fsync_folder(self.folder)
-        segment.start, segment.end, segment.room = start, len(data), len(data)
+        segment.start, segment.end = start, max(segment.end, first.end)
+        segment.room = max(segment.room, first.end)
 
     def _measure(self, segment: Segment) -> None:
         """Find out what a segment begins with; how far it goes is told by reading it."""
@@ -961,47 +973,40 @@ class Log:
         """Write again what a segment begins with: without it the next start would not know."""
         segment.start = start
         if not segment.is_unreadable:
-            data = self.codec.header(segment.number)
-            data += self.codec.encode_start(start, segment.number)
-            self.storage.write_all(segment.fd, data, 0)
-            self.storage.fdatasync(segment.fd)
+            self.write_first(segment, start)
 
     # -- reading
 
-    def read_raw(self, segment: Segment, size: int, position: int) -> bytes:
+    def read_raw(self, file: File, size: int, position: int) -> bytes:
         """Read up to `size` bytes, fewer only at the end of the file. What the disk cannot read
         comes as zeros, which are no record: damage like any other. Raises LogFailed."""
-        try:
-            return self._read_all(segment.fd, size, position)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                self._fail("read", error)
-        self.prove_lock()
-        segment.is_unreadable = True
-        data = b""
+        data, is_damaged = b"", False
         while len(data) < size:
-            step = min(BLOCK_BYTES - (position + len(data)) % BLOCK_BYTES, size - len(data))
+            at, step = position + len(data), size - len(data)
+            if is_damaged:
+                step = min(step, BLOCK_BYTES - at % BLOCK_BYTES)
             try:
-                piece = self._read_all(segment.fd, step, position + len(data))
-            except OSError:
-                piece = bytes(min(step, max(0, segment.end - position - len(data))))
+                piece = self.storage.pread(file.fd, step, at)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    self._fail("read", error)
+                if not is_damaged:
+                    self.prove_lock()
+                    is_damaged = file.is_unreadable = True
+                    continue
+                piece = bytes(min(step, max(0, file.end - at)))
+            if not piece:
+                break
             data += piece
-            if len(piece) < step:
-                break
-        return data
-
-    def _read_all(self, fd: int, size: int, position: int) -> bytes:
-        data = self.storage.pread(fd, size, position)
-        while len(data) < size:
-            more = self.storage.pread(fd, size - len(data), position + len(data))
-            if not more:
-                break
-            data += more
         return data
 
     def _is_zeros(self, segment: Segment, start: int, end: int) -> bool:
-        return not any(self.read_raw(segment, min(LOG_CHUNK_BYTES, end - at), at).strip(b"\0")
-                       for at in range(start, end, LOG_CHUNK_BYTES))
+        return not any(data.strip(b"\0") for data in self._pieces(segment, start, end))
+
+    def _pieces(self, file: File, start: int, end: int) -> Iterator[bytes]:
+        """Read a part of a file piece by piece."""
+        for at in range(start, end, LOG_CHUNK_BYTES):
+            yield self.read_raw(file, min(LOG_CHUNK_BYTES, end - at), at)
 
     def read(self, offset: int, end: Optional[int] = None,
              size: int = AHEAD_BYTES) -> Tuple[List[Message], int]:
@@ -1118,21 +1123,18 @@ class Log:
     def save(self, segment: Segment, position: int, end: int, what: str = "corrupt") -> None:
         """Keep bytes that cannot be used in a file of their own."""
         name = f"{self.file(segment.name)}.{what}-{self.codec.log_id.hex()}-{position}"
-        self.save_bytes(name, (self.read_raw(segment, min(REWRITE_BYTES, end - at), at)
-                               for at in range(position, end, REWRITE_BYTES)))
+        self.save_bytes(name, self._pieces(segment, position, end))
 
     def save_bytes(self, name: str, pieces: Iterable[bytes]) -> None:
         """Keep what cannot be used in a file beside the log, if there is space for it."""
         try:
-            fd = self.storage.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            file = File(name, self.storage.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
             try:
-                at = 0
                 for data in pieces:
-                    self.storage.write_all(fd, data, at)
-                    at += len(data)
-                self.storage.fsync(fd)
+                    self.storage.append(file, data)
+                self.storage.fsync(file.fd)
             finally:
-                self.storage.close(fd)
+                self.storage.close(file.fd)
         except OSError as error:             # the bytes are lost anyway; serving goes first
             event(logging.WARNING, "corrupt_record_not_saved", file=name, error=error.strerror)
 
@@ -1144,10 +1146,11 @@ class Log:
         for segment in self.segments.values():
             if segment.number >= start >> SEGMENT_SHIFT and segment.start:
                 first = start & POSITION_MASK if segment.base == start & ~POSITION_MASK else 0
-                for at in range(first, segment.end, REWRITE_BYTES):
-                    data = self.read_raw(segment, min(REWRITE_BYTES, segment.end - at), at)
+                copy = File(segment.name, segment.fd)
+                copy.end = first
+                for data in self._pieces(segment, first, segment.end):
                     if not segment.is_unreadable:
-                        self.storage.write_all(segment.fd, data, at)
+                        self.storage.append(copy, data)
                 self.storage.fdatasync(segment.fd)
         self.storage.fsync_folder(self.folder)
 
@@ -1179,7 +1182,7 @@ class Log:
     @property
     def size(self) -> int:
         """How many bytes all files have, but for room that is not used yet."""
-        return sum([s.end for s in list(self.segments.values())]) + self.marks_tail
+        return sum([s.end for s in list(self.segments.values())]) + self.marks.end
 
     def make_ready(self) -> None:
         """Make the next segment if there is none, so that a rotation costs no time; durable on
@@ -1345,31 +1348,28 @@ class Log:
         """Memory no longer agrees with the log: only a start helps. Raises LogFailed."""
         self._fail("apply to", error)
 
-    def _write(self, segment: Segment, data: bytes) -> None:
-        """Write at the end of a segment, all or nothing. Raises DiskFull."""
-        end = segment.end + len(data)
+    def _write(self, file: File, data: bytes) -> None:
+        """Write at the end of a file, all or nothing. Raises DiskFull."""
         for again in (True, False):
             try:
-                self.storage.write_all(segment.fd, data, segment.end)
-                break
+                self.storage.append(file, data)
+                return
             except OSError as error:
-                self._undo_write(segment, error)
+                self._undo_write(file, error)
                 if not (again and self._free_room()):
                     raise DiskFull from None
             except BaseException as error:
                 self._fail("write", error)
-        segment.end = end
-        if segment.room < end:
-            segment.room = end
 
-    def _undo_write(self, segment: Segment, error: OSError) -> None:
+    def _undo_write(self, file: File, error: OSError) -> None:
         if error.errno not in NO_SPACE:
             self._fail("write", error)
         try:
-            self.storage.truncate(segment.fd, segment.end)
-            segment.room = segment.end
+            self.storage.truncate(file.fd, file.end)
+            file.room = file.end
         except OSError as again:
-            self._fail("truncate", again)
+            if file is not self.marks:       # where the next line comes over what it left
+                self._fail("truncate", again)
 
     def _free_room(self) -> bool:
         """Give back what is kept ahead of the tail; return whether that was anything."""
@@ -1403,107 +1403,77 @@ class Log:
         even if there was none. Raises LogFailed."""
         if self.failure:
             raise self.failure
-        crc, written = self.marks.crc, False
+        lines, written = self.marks.lines, False
+        crc = lines.crc
         try:
-            written = self._write_marks(b"".join(map(self.marks.encode, marks)))
+            self._write(self.marks, b"".join(map(lines.encode, marks)))
+            written = True
+        except DiskFull:
+            pass
         finally:
             if not written:                  # the next line stands in its place
-                self.marks.crc = crc
+                lines.crc = crc
         try:
             apply()
         except BaseException as error:
             self.give_up(error)
         return written
 
-    def _write_marks(self, lines: bytes) -> bool:
-        end = self.marks_tail + len(lines)
+    def _open_marks(self) -> Optional[Codec]:
+        """Open and lock the marks; return what they tell the log's records by, if they begin with
+        a whole snapshot's first line."""
+        marks = self.marks
         try:
-            self.storage.write_all(self.marks_fd, lines, self.marks_tail)
-        except OSError as error:
-            if error.errno not in NO_SPACE:
-                self._fail("write the marks of", error)
-            with contextlib.suppress(OSError):       # the next line comes over what it left
-                self.storage.truncate(self.marks_fd, self.marks_tail)
-            return False
-        except BaseException as error:
-            self._fail("write the marks of", error)
-        self.marks_tail = end
-        return True
-
-    def _open_marks(self) -> Optional[Dict[str, Any]]:
-        """Open and lock the marks; return their first line if it is a whole snapshot's."""
-        try:
-            fd = self.storage.open(self.file(META_NAME), os.O_RDWR)
+            marks.fd = self.storage.open(self.file(META_NAME), os.O_RDWR)
         except FileNotFoundError:
             return None
-        self.marks_fd = fd
-        self.lock_file(fd)
-        first = next(self._lines(fd), b"")
+        self.lock_file(marks.fd)
+        marks.end = os.fstat(marks.fd).st_size
+        first = next(self._lines(), b"")
         try:
             value = json.loads(first)[1]
-            head = Marks(bytes.fromhex(value["log_id"])).decode_head(first)
+            codec = Codec(bytes.fromhex(value["log_id"]), bytes.fromhex(value["marker"]))
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             return None
-        return head
+        return codec if Marks(codec.log_id).decode_head(first) else None
 
-    def _lines(self, fd: int) -> Iterator[bytes]:
-        """Yield the lines of the marks, the last one perhaps without its end."""
-        at, rest = 0, b""
-        while True:
-            try:
-                data = self._read_all(fd, LOG_CHUNK_BYTES, at)
-            except OSError:                  # what cannot be read is damage
-                data = b""
-            at += len(data)
-            lines = (rest + data).split(b"\n")
-            rest = lines.pop()
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the whole lines of the marks."""
+        rest = b""
+        for data in self._pieces(self.marks, 0, self.marks.end):
+            *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 yield line + b"\n"
-            if not data:
-                yield rest
-                return
 
     def read_marks(self) -> Tuple[Optional[Dict[str, Any]], List[Dict[int, bytes]], List[Mark]]:
         """Return the snapshot, its pages, and the marks behind it. Without a whole snapshot there
         are none: all that the data holds waits again."""
-        head: Optional[Dict[str, Any]] = None
-        pages: List[Dict[int, bytes]] = []
-        marks: List[Mark] = []
-        seen = 0
-        lines = self._lines(self.marks_fd) if self.marks_fd >= 0 else iter(())
-        for line in lines:
-            if head is None:
-                head = self.marks.decode_head(line)
-                good = head is not None
-            elif len(pages) < head["pages"]:
-                page = self.marks.decode_page(line)
-                good = page is not None
-                pages += [page] if page is not None else []
-            else:
-                mark = self.marks.decode(line)
-                good = mark is not None
-                marks += [mark] if mark is not None else []
-            if not good:
+        chain, seen = self.marks.lines, 0
+        found: List[Any] = []                # the snapshot's head, its pages, and the marks
+        for line in self._lines():
+            decode = (chain.decode_head if not found else chain.decode_page
+                      if len(found) <= found[0]["pages"] else chain.decode)
+            value = decode(line)
+            if value is None:
                 break
+            found.append(value)
             seen += len(line)
-        self.marks_tail = seen
-        if head is not None and len(pages) < head["pages"]:
-            head = None
-        if self.marks_fd >= 0:
-            self._save_rest_of_marks(seen if head else 0, head is None)
-        for offset in [mark.tail for mark in marks] + ([head["tail"]] if head else []):
-            self.highest = max(self.highest, offset >> SEGMENT_SHIFT)
-        if head is None:
+        count = found[0]["pages"] + 1 if found else 1
+        if len(found) < count:
+            found, seen = [], 0
+        self._save_rest_of_marks(seen, not found)
+        self.marks.end = seen
+        if not found:
             return None, [], []
-        self.highest = max(self.highest, head["highest"])
+        head, pages, marks = found[0], found[1:count], found[count:]
+        self.highest = max([self.highest, head["highest"],
+                            *[mark.tail >> SEGMENT_SHIFT for mark in marks]])
         return head, pages, marks
 
     def _save_rest_of_marks(self, at: int, is_whole: bool) -> None:
         """Keep what could not be understood of the marks, unless it is zeros, or the Go server's,
         which is kept already."""
-        rest = b""
-        with contextlib.suppress(OSError):
-            rest = self._read_all(self.marks_fd, MARKS_BYTES, at)
+        rest = self.read_raw(self.marks, min(MARKS_BYTES, self.marks.end - at), at)
         if rest.strip(b"\0") and not LegacyLog.is_meta(rest):
             if is_whole:
                 self.corrupt_records += 1
@@ -1517,19 +1487,19 @@ class Log:
         marks, with all that was marked since. Durable when it returns True; False if there was
         no space, the old marks being in use. `lock` is the owner's."""
         self.sync()                          # what is frozen must not be ahead of the data
-        marks = Marks(self.codec.log_id)
         path = f"{self.file(META_NAME)}.{secrets.token_hex(8)}.tmp"
         fds: List[int] = []                  # once the new file has its name none may be lacking
         try:
             fds.append(self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             fds.append(self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY))
             self.lock_file(fds[0])
-            size = end = yield from self._write_lines(fds[0], lines(marks))
-            end = self._copy_marks(marks, fds[0], end, since)
+            new = MarksFile(self.codec.log_id, fds[0])
+            yield from self._write_lines(new, lines(new.lines))
+            since = self._copy_marks(new, since)
             yield 0
-            self._switch_marks(marks, fds[0], fds[1], path, end, lock)
+            self._switch_marks(new, fds[1], path, since, lock)
         except BaseException as error:
-            if self.marks_fd not in fds:
+            if self.marks.fd not in fds:
                 with contextlib.suppress(OSError):
                     self.storage.unlink(path)
                 for fd in fds:
@@ -1541,59 +1511,49 @@ class Log:
                     self._fail("write a snapshot of", error)
                 return False
             raise
-        self.snapshot_bytes = size
         with self._one_sync:
             self._sync_names()
         return True
 
-    def _write_lines(self, fd: int, lines: Iterator[bytes]) -> Steps[int]:
-        end = synced = 0
-        while True:
-            started = time.perf_counter()
-            piece = b""
-            for line in lines:
-                piece += line
-                if time.perf_counter() - started > SNAPSHOT_WORK_S:
-                    break
-            if not piece:
-                return end
-            self.storage.write_all(fd, piece, end)
-            end += len(piece)
-            if end - synced >= MIB:          # more at once would keep the disk from puts
-                self.storage.fdatasync(fd)
-                synced = end
+    def _write_lines(self, new: MarksFile, lines: Iterator[bytes]) -> Steps[None]:
+        for first in lines:
+            piece, started = first, time.perf_counter()
+            while time.perf_counter() - started < SNAPSHOT_WORK_S:
+                piece += next(lines, b"")
+            self.storage.append(new, piece)
+            if new.end - new.synced >= MIB:              # more would keep the disk from puts
+                self.storage.fdatasync(new.fd)
+                new.synced = new.end
             yield SNAPSHOT_REST_S
+        new.snapshot_bytes = new.end
 
-    def _copy_marks(self, marks: Marks, fd: int, end: int, since: int) -> int:
-        """Copy what was marked since; return where the copy ends. Notes where to go on."""
-        self._copied_to = since
-        while self.marks_fd >= 0 and self._copied_to < self.marks_tail:
-            size = min(LOG_CHUNK_BYTES, self.marks_tail - self._copied_to)
-            data = self._read_all(self.marks_fd, size, self._copied_to)
+    def _copy_marks(self, new: MarksFile, since: int) -> int:
+        """Copy what was marked since; return where to go on."""
+        while since < self.marks.end:
+            data = self.storage.pread(self.marks.fd, min(LOG_CHUNK_BYTES, self.marks.end - since),
+                                      since)
             lines = data[:data.rfind(b"\n") + 1].splitlines(keepends=True)
-            copy = b"".join([marks.line(line.rpartition(b",")[0]) for line in lines])
-            self.storage.write_all(fd, copy, end)
-            end += len(copy)
-            self._copied_to += sum(map(len, lines))
-        return end
+            self.storage.append(new, b"".join([new.lines.line(line.rpartition(b",")[0])
+                                               for line in lines]))
+            since += sum(map(len, lines))
+        return since
 
-    def _switch_marks(self, marks: Marks, fd: int, folder_fd: int, path: str, end: int,
+    def _switch_marks(self, new: MarksFile, folder_fd: int, path: str, since: int,
                       lock: threading.Lock) -> None:
         """Rename the new marks into place. No sync of the old ones may end meanwhile: so what is
         copied last, under the owner's lock, needs none either."""
         with self._one_sync:
             if self.failure:
                 raise self.failure
-            end = self._copy_marks(marks, fd, end, self._copied_to)     # perhaps synced
-            self.storage.fdatasync(fd)
-            synced = end
+            since = self._copy_marks(new, since)         # perhaps synced
+            self.storage.fdatasync(new.fd)
+            new.synced = new.end
             with lock:
-                end = self._copy_marks(marks, fd, end, self._copied_to)
+                self._copy_marks(new, since)
                 self.prove_lock()
                 self.storage.rename(path, self.file(META_NAME))
-                olds = self.marks_fd, self._folder_fd
-                self.marks_fd, self.marks_tail, self._folder_fd = fd, end, folder_fd
-                self.marks, self._marks_synced = marks, synced
+                olds = self.marks.fd, self._folder_fd
+                self.marks, self._folder_fd = new, folder_fd
             for old in olds:
                 if old >= 0:
                     self.storage.close(old)
@@ -1703,10 +1663,11 @@ class Log:
         with self._one_sync:
             if self.failure:
                 raise self.failure
-            if self.marks_fd >= 0 and self._marks_synced < self.marks_tail:
-                end = self.marks_tail
-                self._sync_file(self.marks_fd)
-                self._marks_synced = end
+            marks = self.marks
+            if marks.synced < marks.end:
+                end = marks.end
+                self._sync_file(marks.fd)
+                marks.synced = end
             self._sync_names()               # or a power cut brings back the old marks
 
     # -- files that somebody removed
@@ -1718,7 +1679,7 @@ class Log:
         files = [(segment.name, segment.fd) for segment in [*self.segments.values()]
                  + ([ready] if ready else [])]
         missing = []
-        for name, fd in [*files, (META_NAME, self.marks_fd)]:
+        for name, fd in [*files, (META_NAME, self.marks.fd)]:
             if fd >= 0 and not self._leads_to(self.file(name), fd):
                 if os.path.lexists(self.file(name)):
                     self.prove_lock()
@@ -1731,10 +1692,10 @@ class Log:
         self.storage.make_folder(self.folder)
         path = f"{self.file(segment.name)}.{secrets.token_hex(8)}.tmp"
         fd = self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        copy = File(path, fd)
         try:
-            for at in range(0, segment.end, REWRITE_BYTES):
-                data = self.read_raw(segment, min(REWRITE_BYTES, segment.end - at), at)
-                self.storage.write_all(fd, data, at)
+            for data in self._pieces(segment, 0, segment.end):
+                self.storage.append(copy, data)
                 yield SNAPSHOT_REST_S
             self.storage.fdatasync(fd)
             self.lock_file(fd)
@@ -1768,10 +1729,10 @@ class Log:
                     self.storage.close(segment.fd)
                     segment.fd = -1
                 segment.is_gone = True
-            for fd in (self.marks_fd, self._folder_fd):
+            for fd in (self.marks.fd, self._folder_fd):
                 if fd >= 0:
                     self.storage.close(fd)
-            self.marks_fd = self._folder_fd = -1
+            self.marks.fd = self._folder_fd = -1
             first = self.segments.get(0)
             if first and first.fd >= 0:
                 self.close_first(first.fd)
@@ -3728,8 +3689,8 @@ class Queue:
     def wants_snapshot(self) -> bool:
         """Tell whether a start would have to read too much, or a full disk left marks owed."""
         with self.lock:
-            size = self.log.snapshot_bytes
-            return (self.owed > 0 or self.log.marks_tail - size > max(MARKS_BYTES, size // 2)
+            size = self.log.marks.snapshot_bytes
+            return (self.owed > 0 or self.log.marks.end - size > max(MARKS_BYTES, size // 2)
                     or any(now - then > max(SNAPSHOT_DATA_BYTES, size)
                            for now, then in zip(self.state.progress, self._covered)))
 
@@ -3738,7 +3699,7 @@ class Queue:
         is durable."""
         with self.lock:
             self._write_settled_locked()
-            frozen, since, owed = self.state.freeze(), self.log.marks_tail, self.owed
+            frozen, since, owed = self.state.freeze(), self.log.marks.end, self.owed
             covered, tail = self.state.progress, self.log.tail
         done = yield from self.log.write_snapshot(
             lambda marks: frozen.lines(marks, clean=clean), since, self.lock)

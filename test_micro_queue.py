@@ -1975,7 +1975,22 @@ class AppendTest(Folder):
         self.assertTrue(queue.close())
         self.queues.clear()
 
+    def test_marks_get_the_room_ahead_of_the_data_before_they_are_owed(self):
+        with unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "ext4")):
+            storage = DiskOf()
+            queue = self.filled(*[b"x"] * 200, storage=storage)
+            storage.left = 0
+            for _ in range(100):
+                queue.retry(queue.take())
+                queue.settle(queue.take())
+            self.assertEqual(queue.owed, 0)
+            self.assertEqual(os.path.getsize(self.file(queue.log.current.name)),
+                             queue.log.current.end)
+
     def test_a_purge_works_with_no_byte_free(self):
+        patch = unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "other"))
+        patch.start()                        # no room ahead of the data that marks could have
+        self.addCleanup(patch.stop)
         storage = DiskOf()
         queue = self.filled(*[b"x" * 100] * 3000, storage=storage)
         queue.prepare()
@@ -4399,7 +4414,7 @@ NOW = "all"                                  # nothing is missing: what a kill l
 ROOM_OR_NOT = ("ext4", "tmpfs")              # file systems with room ahead, and without
 # Two segments are in the middle of something all the time, and each line is a step.
 TINY = {**SMALL, "READY_BYTES": 300, "ROOM_BYTES": 300, "ROOM_LEAST_BYTES": 200, "PAGE_SHIFT": 2,
-        "SNAPSHOT_WORK_S": 0, "REWRITE_BYTES": 400, "LOG_CHUNK_BYTES": 512}
+        "SNAPSHOT_WORK_S": 0, "LOG_CHUNK_BYTES": 512}
 
 
 class Recorder(mq.Storage):
@@ -6964,7 +6979,7 @@ class RoundsTest(Rounds):
         self.assertEqual(self.statuses(wires), [200] * 20)
         self.assertEqual(storage.calls, ["pwrite"])
         written, marks = [], mq.Marks(bytes(16))
-        marks.crc = self.queue.log.marks.crc
+        marks.crc = self.queue.log.marks.lines.crc
         storage.before["pwrite"] = lambda fd, data, offset: written.append(data)
         for wire in wires:
             wire.send(request("GET", "/out/fetcher"))

@@ -265,7 +265,7 @@ def some(turns: Iterator[Callable[[], None]], count: int) -> Callable[[], None]:
 
 def make_loops_short() -> None:
     """Have a small folder go through every loop that large ones go through."""
-    for name, value in {**SMALL, "REWRITE_BYTES": 1000, "LOG_CHUNK_BYTES": 512, "MIB": 300}.items():
+    for name, value in {**SMALL, "LOG_CHUNK_BYTES": 512, "MIB": 300}.items():
         setattr(mq, name, value)             # MIB: a batch of a takeover
 
 

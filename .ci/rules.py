@@ -251,7 +251,7 @@ def until_copied(queue: Any, steps: Iterator[Any]) -> None:
 
 # ---- The stories --------------------------------------------------------------------------
 
-@case("a1", ("while self.marks_fd >= 0 and self._copied_to < self.marks_tail:", "while False:"))
+@case("a1", ("while since < self.marks.end:", "while False:"))
 def settled_beside_a_snapshot(run: Run) -> None:
     """While a snapshot is being written messages are settled, and the marks are synced. They are
     the old ones: unless their lines go along, a cut behind the rename brings messages back."""
@@ -269,15 +269,15 @@ def settled_beside_a_snapshot(run: Run) -> None:
 
 
 case("a2",
-     ("            end = self._copy_marks(marks, fd, end, self._copied_to)     # perhaps synced"
-      "\n            self.storage.fdatasync(fd)\n",
-      "            self.storage.fdatasync(fd)\n"
-      "            end = self._copy_marks(marks, fd, end, self._copied_to)\n"))(
+     ("            since = self._copy_marks(new, since)         # perhaps synced\n"
+      "            self.storage.fdatasync(new.fd)\n",
+      "            self.storage.fdatasync(new.fd)\n"
+      "            since = self._copy_marks(new, since)\n"))(
           settled_beside_a_snapshot)
 
 
-RENAMED = (("        self.snapshot_bytes = size\n",
-            "        self.snapshot_bytes = size\n        yield 0\n"),)
+RENAMED = (("            raise\n        with self._one_sync:\n",
+            "            raise\n        yield 0\n        with self._one_sync:\n"),)
 
 
 def until_renamed(run: Run, steps: Iterator[Any]) -> None:
@@ -304,8 +304,8 @@ def settled_before_the_folder_is_synced(run: Run) -> None:
     run.waits(b"m2")
 
 
-@case("a3", ("                self._marks_synced = end\n            self._sync_names()",
-             "                self._sync_names()\n                self._marks_synced = end"),
+@case("a3", ("                marks.synced = end\n            self._sync_names()",
+             "                self._sync_names()\n                marks.synced = end"),
       pauses=RENAMED)
 def settled_before_the_rename(run: Run) -> None:
     """As above, but the message was settled before the rename: its mark went along and is on
@@ -480,9 +480,8 @@ def try_to_compact(run: Run, queue: Any) -> None:
 
 
 @case("d1",
-      ("            self.highest = max(self.highest, offset >> SEGMENT_SHIFT)\n",
-       "            pass\n"),
-      ('        self.highest = max(self.highest, head["highest"])\n', ""),
+      ('        self.highest = max([self.highest, head["highest"],\n',
+       '        max([self.highest, head["highest"],\n'),
       partners=("f6", "c2"))
 def a_purge_in_a_segment_that_is_lost(run: Run) -> None:
     """Without syncs of the data, messages go into segment 1, a purge says so in the marks, and
