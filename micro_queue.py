@@ -859,6 +859,27 @@ class Log:
         except OSError as error:
             self._fail("keep the lock of", error)
 
+    def temporary(self, name: str) -> str:
+        """Return a path that a file may have before it takes a name; a start removes it."""
+        return f"{self.file(name)}.{secrets.token_hex(8)}.tmp"
+
+    @contextlib.contextmanager
+    def new_file(self, *paths: str) -> Iterator[int]:
+        """Make a file of the first name, locked. If what is done with it fails it goes, whichever
+        of the names it has by then."""
+        fd = self.storage.open(paths[0], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self.lock_file(fd)
+            yield fd
+        except BaseException:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    if self._leads_to(path, fd):
+                        self.storage.unlink(path)
+            if fd != self.marks.fd:          # which are in use by then
+                self.storage.close(fd)
+            raise
+
     def _leads_to(self, path: str, fd: int) -> bool:
         try:
             return _identity(os.stat(path)) == _identity(os.fstat(fd))
@@ -1187,44 +1208,26 @@ class Log:
     def make_ready(self) -> None:
         """Make the next segment if there is none, so that a rotation costs no time; durable on
         return, but not yet used. Raises DiskFull, and OSError for want of a descriptor."""
-        if self.ready:
-            return
-        number = self.highest + 1
-        while True:
-            path = self.file(f"data.{number}.log")
+        while not self.ready:
+            segment = Segment(self.highest + 1, -1)
             try:
-                fd = self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                break
+                with self.new_file(self.file(segment.name)) as segment.fd:
+                    self.write_first(segment, None)
+                    self.prove_lock()
+                self.highest, self.ready = segment.number, segment
             except FileExistsError:          # another node's, perhaps
                 self.prove_lock()
-                number += 1
+                self.highest += 1
             except OSError as error:
-                self._refuse_full(error)
+                if error.errno in NO_SPACE:
+                    raise DiskFull from None
                 raise
-        segment = Segment(number, fd)
-        try:
-            self.lock_file(fd)
-            self.write_first(segment, None)
-            self.prove_lock()
-        except (OSError, StorageError) as error:
-            with contextlib.suppress(OSError):
-                self.storage.unlink(path)
-            self.storage.close(fd)
-            if isinstance(error, OSError):
-                self._refuse_full(error)
-            raise
-        self.highest, self.ready = number, segment
 
     def forget_ready(self, name: str) -> None:
         """Have another segment made in place of the next one, if that one's file is missing."""
         if self.ready and self.ready.name == name:
             self.storage.close(self.ready.fd)
             self.ready = None
-
-    @staticmethod
-    def _refuse_full(error: OSError) -> None:
-        if error.errno in NO_SPACE:
-            raise DiskFull from None
 
     def rotate(self, start: Start) -> bool:
         """Go on in the segment that is ready, whose first record tells where it begins. Return
@@ -1487,30 +1490,21 @@ class Log:
         marks, with all that was marked since. Durable when it returns True; False if there was
         no space, the old marks being in use. `lock` is the owner's."""
         self.sync()                          # what is frozen must not be ahead of the data
-        path = f"{self.file(META_NAME)}.{secrets.token_hex(8)}.tmp"
-        fds: List[int] = []                  # once the new file has its name none may be lacking
+        new, path = MarksFile(self.codec.log_id), self.temporary(META_NAME)
         try:
-            fds.append(self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            fds.append(self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY))
-            self.lock_file(fds[0])
-            new = MarksFile(self.codec.log_id, fds[0])
-            yield from self._write_lines(new, lines(new.lines))
-            since = self._copy_marks(new, since)
-            yield 0
-            self._switch_marks(new, fds[1], path, since, lock)
-        except BaseException as error:
-            if self.marks.fd not in fds:
-                with contextlib.suppress(OSError):
-                    self.storage.unlink(path)
-                for fd in fds:
-                    self.storage.close(fd)
-            if isinstance(error, OSError) and not self.failure:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._is_recovering:
-                    raise                    # it is not the disk that a start lacks
-                if error.errno not in (*NO_SPACE, errno.EMFILE, errno.ENFILE):
-                    self._fail("write a snapshot of", error)
-                return False
-            raise
+            with self.new_file(path) as new.fd:
+                yield from self._write_lines(new, lines(new.lines))
+                since = self._copy_marks(new, since)
+                yield 0
+                old_fd = self._switch_marks(new, path, since, lock)
+            if old_fd >= 0:
+                self.storage.close(old_fd)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._is_recovering:
+                raise                        # it is not the disk that a start lacks
+            if error.errno not in (*NO_SPACE, errno.EMFILE, errno.ENFILE):
+                self._fail("write a snapshot of", error)
+            return False
         with self._one_sync:
             self._sync_names()
         return True
@@ -1538,25 +1532,23 @@ class Log:
             since += sum(map(len, lines))
         return since
 
-    def _switch_marks(self, new: MarksFile, folder_fd: int, path: str, since: int,
-                      lock: threading.Lock) -> None:
-        """Rename the new marks into place. No sync of the old ones may end meanwhile: so what is
-        copied last, under the owner's lock, needs none either."""
+    def _switch_marks(self, new: MarksFile, path: str, since: int, lock: threading.Lock) -> int:
+        """Rename the new marks into place; return the old ones' descriptor. No sync of these may
+        end meanwhile: so what is copied last, under the owner's lock, needs none either."""
         with self._one_sync:
             if self.failure:
                 raise self.failure
             since = self._copy_marks(new, since)         # perhaps synced
             self.storage.fdatasync(new.fd)
             new.synced = new.end
+            if self._folder_fd < 0:          # once the new file has its name none may be lacking
+                self._folder_fd = self.storage.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
             with lock:
                 self._copy_marks(new, since)
                 self.prove_lock()
                 self.storage.rename(path, self.file(META_NAME))
-                olds = self.marks.fd, self._folder_fd
-                self.marks, self._folder_fd = new, folder_fd
-            for old in olds:
-                if old >= 0:
-                    self.storage.close(old)
+                old, self.marks = self.marks, new
+        return old.fd
 
     def _sync_names(self) -> None:
         """Make the rename of the marks durable, if it is not yet. Called with `_one_sync` held.
@@ -1690,32 +1682,23 @@ class Log:
     def put_back(self, segment: Segment, lock: threading.Lock) -> Steps[None]:
         """Write a segment that is not written any more again, from its descriptor."""
         self.storage.make_folder(self.folder)
-        path = f"{self.file(segment.name)}.{secrets.token_hex(8)}.tmp"
-        fd = self.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        copy = File(path, fd)
-        try:
+        path, name = self.temporary(segment.name), self.file(segment.name)
+        new = Segment(segment.number, -1)
+        with self.new_file(path, name) as new.fd:
+            new.end = 0
             for data in self._pieces(segment, 0, segment.end):
-                self.storage.append(copy, data)
+                self.storage.append(new, data)
                 yield SNAPSHOT_REST_S
-            self.storage.fdatasync(fd)
-            self.lock_file(fd)
-            self.storage.link(path, self.file(segment.name))
+            self.storage.fdatasync(new.fd)
+            self.storage.link(path, name)
             self.storage.unlink(path)
             self.storage.fsync_folder(self.folder)
-        except BaseException:
-            for name in (path, self.file(segment.name)):
-                if self._leads_to(name, fd):
-                    with contextlib.suppress(OSError):
-                        self.storage.unlink(name)
-            self.storage.close(fd)
-            raise
         with self._one_sync, lock, _open_files_lock:
             if not segment.number:
                 _open_files.discard(_identity(os.fstat(segment.fd)))
-                _open_files.add(_identity(os.fstat(fd)))
-            new = self.segments[segment.number] = Segment(segment.number, fd)
-            new.start, new.end, new.room = segment.start, segment.end, segment.end
-            new.is_unreadable, segment.is_gone = segment.is_unreadable, True
+                _open_files.add(_identity(os.fstat(new.fd)))
+            new.start, new.is_unreadable = segment.start, segment.is_unreadable
+            self.segments[segment.number], segment.is_gone = new, True
         self.release(segment, 0)             # a backup may read it: its last user closes it
 
     def close(self) -> None:
@@ -1837,12 +1820,11 @@ class LegacyLog:
                 log.make_ready()
                 log.rotate(start)
         log.sync()
-        path = f"{log.path}.{secrets.token_hex(8)}.tmp"
-        first = Segment(0, log.storage.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        log.lock_file(first.fd)
-        log.write_first(first, None)
-        log.prove_lock()
-        log.storage.rename(path, log.path)
+        path, first = log.temporary(LOG_NAME), Segment(0, -1)
+        with log.new_file(path) as first.fd:
+            log.write_first(first, None)
+            log.prove_lock()
+            log.storage.rename(path, log.path)
         log.storage.fsync_folder(log.folder)
         with _open_files_lock:
             _open_files.add(_identity(os.fstat(first.fd)))

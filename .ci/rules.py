@@ -276,8 +276,8 @@ case("a2",
           settled_beside_a_snapshot)
 
 
-RENAMED = (("            raise\n        with self._one_sync:\n",
-            "            raise\n        yield 0\n        with self._one_sync:\n"),)
+RENAMED = (("            return False\n        with self._one_sync:\n",
+            "            return False\n        yield 0\n        with self._one_sync:\n"),)
 
 
 def until_renamed(run: Run, steps: Iterator[Any]) -> None:
@@ -426,14 +426,9 @@ def a_start_that_stays_clean(run: Run) -> None:
     run.waits(b"m2")
 
 
-@case("c4", ("            with contextlib.suppress(OSError):\n"
-             "                self.storage.unlink(path)\n"
-             "            self.storage.close(fd)\n"
-             "            if isinstance(error, OSError):\n"
-             "                self._refuse_full(error)\n",
-             "            self.storage.close(fd)\n"
-             "            if isinstance(error, OSError):\n"
-             "                self._refuse_full(error)\n"),
+@case("c4", ("                    if self._leads_to(path, fd):\n"
+             "                        self.storage.unlink(path)\n",
+             "                    pass\n"),
       partners=("f2",))
 def a_segment_without_space(run: Run) -> None:
     """The disk is full when the next segment is made: its name is there, its header is not. If
@@ -453,7 +448,7 @@ def a_segment_without_space(run: Run) -> None:
 
 @case("f2", ("            except FileExistsError:          # another node's, perhaps\n"
              "                self.prove_lock()\n"
-             "                number += 1\n",
+             "                self.highest += 1\n",
              "            except FileExistsError:\n"
              "                raise\n"))
 def a_name_that_is_taken(run: Run) -> None:
