@@ -664,8 +664,8 @@ TEMPORARY = re.compile(r"(?:data(?:\.[0-9]+)?\.log|meta\.json)\.[0-9a-f]{16}\.tm
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOM_KINDS = ("ext4", "xfs", "btrfs")        # elsewhere glibc may write zeros instead
 Steps = Generator[float, None, T]            # yields how long (s) to rest before the next step
-_open_files: Set[Tuple[int, int]] = set()    # (device, inode): closing a second descriptor of
-_open_files_lock = threading.Lock()          # a file would drop the first one's lock
+_open_logs: Set[Log] = set()     # closing a second descriptor of a file would drop the first
+_open_logs_lock = threading.Lock()           # one's lock
 
 
 class Storage:
@@ -716,6 +716,13 @@ class Storage:
             file.room = file.end
 
 
+def leads_to(path: str, fd: int) -> bool:
+    """Tell whether a path still leads to an open file."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
+
+
 class DiskFull(Exception):
     """There is no space for an append; the log is as it was before."""
 
@@ -727,6 +734,8 @@ class File:
         self.name, self.fd = name, fd
         self.end = 0                         # position behind what was written
         self.room = 0                        # the file's size
+        self.users = 0                       # who needs `fd` without the owner's lock
+        self.is_gone = False                 # no longer of the log; its last user closes it
         self.is_unreadable = False           # in part: to be kept for whoever can read it
 
 
@@ -737,8 +746,6 @@ class Segment(File):
         super().__init__(f"data.{number}.log" if number else LOG_NAME, fd)
         self.number, self.end = number, FIRST
         self.start: Optional[Start] = None   # None: ready to be used, or emptied
-        self.users = 0                       # who needs `fd` without the owner's lock
-        self.is_gone = False                 # no longer of the log; its last user closes it
 
     @property
     def base(self) -> int:
@@ -806,41 +813,30 @@ class Log:
         if os.stat(self.folder).st_uid != os.geteuid():
             raise StorageError(f"{self.folder} belongs to another user; run as that user or "
                                f"change its owner")
-        while self.current.fd < 0:
-            fd = self._open_once()
-            try:
-                self.lock_file(fd)
-            except StorageError:
-                self.close_first(fd)
-                raise
-            if self._leads_to(self.path, fd):
-                self.current = self.segments[0] = Segment(0, fd)
-            else:                            # replaced between open and lock
-                self.close_first(fd)
+        with _open_logs_lock:
+            while self.current.fd < 0:
+                fd = self._open_first()
+                try:
+                    self.lock_file(fd)
+                    if leads_to(self.path, fd):    # not replaced between open and lock
+                        self.current = self.segments[0] = Segment(0, fd)
+                        _open_logs.add(self)
+                finally:
+                    if self.current.fd < 0:
+                        self.storage.close(fd)
 
-    def _open_once(self) -> int:
-        with _open_files_lock:
-            flags = os.O_RDWR
-            try:
-                if _identity(os.stat(self.path)) in _open_files:
-                    raise self._in_use()
-            except FileNotFoundError:
-                others = [name for name in os.listdir(self.folder)
-                          if SEGMENT_NAME.fullmatch(name) or name == META_NAME]
-                if others:
-                    raise StorageError(f"{self.path} is missing, but {others[0]} is there; nothing "
-                                       "was touched: restore all files of a backup, or move "
-                                       f"{self.folder} away") from None
-                flags |= os.O_CREAT
-            fd = self.storage.open(self.path, flags, 0o600)
-            _open_files.add(_identity(os.fstat(fd)))
-            return fd
-
-    def close_first(self, fd: int) -> None:
-        """Close a descriptor of `data.log`, and let go of its lock."""
-        with _open_files_lock:
-            _open_files.discard(_identity(os.fstat(fd)))
-            self.storage.close(fd)
+    def _open_first(self) -> int:
+        if any(leads_to(self.path, log.segments[0].fd) for log in list(_open_logs)):
+            raise self._in_use()
+        names = os.listdir(self.folder)
+        others = [name for name in names if SEGMENT_NAME.fullmatch(name) or name == META_NAME]
+        if LOG_NAME in names:
+            return self.storage.open(self.path, os.O_RDWR)
+        if others:
+            raise StorageError(f"{self.path} is missing, but {others[0]} is there; nothing was "
+                               "touched: restore all files of a backup, or move "
+                               f"{self.folder} away")
+        return self.storage.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
 
     def _in_use(self) -> StorageError:
         return StorageError(f"{self.folder} is in use by another micro_queue; stop it first")
@@ -874,17 +870,11 @@ class Log:
         except BaseException:
             for path in paths:
                 with contextlib.suppress(OSError):
-                    if self._leads_to(path, fd):
+                    if leads_to(path, fd):
                         self.storage.unlink(path)
             if fd != self.marks.fd:          # which are in use by then
                 self.storage.close(fd)
             raise
-
-    def _leads_to(self, path: str, fd: int) -> bool:
-        try:
-            return _identity(os.stat(path)) == _identity(os.fstat(fd))
-        except OSError:
-            return False
 
     def file(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -1291,7 +1281,7 @@ class Log:
                 self.storage.truncate(segment.fd, segment.room)
                 yield FREE_REST_S
             if (segment.number and not segment.is_unreadable
-                    and self._leads_to(path, segment.fd)):
+                    and leads_to(path, segment.fd)):
                 self.storage.unlink(path)
         except OSError as error:             # the next start removes it
             event(logging.WARNING, "segment_not_removed", file=path, error=error.strerror)
@@ -1672,7 +1662,7 @@ class Log:
                  + ([ready] if ready else [])]
         missing = []
         for name, fd in [*files, (META_NAME, self.marks.fd)]:
-            if fd >= 0 and not self._leads_to(self.file(name), fd):
+            if fd >= 0 and not leads_to(self.file(name), fd):
                 if os.path.lexists(self.file(name)):
                     self.prove_lock()
                     self._fail("go on in", OSError(0, f"another file took the place of {name}"))
@@ -1693,10 +1683,7 @@ class Log:
             self.storage.link(path, name)
             self.storage.unlink(path)
             self.storage.fsync_folder(self.folder)
-        with self._one_sync, lock, _open_files_lock:
-            if not segment.number:
-                _open_files.discard(_identity(os.fstat(segment.fd)))
-                _open_files.add(_identity(os.fstat(new.fd)))
+        with self._one_sync, lock:
             new.start, new.is_unreadable = segment.start, segment.is_unreadable
             self.segments[segment.number], segment.is_gone = new, True
         self.release(segment, 0)             # a backup may read it: its last user closes it
@@ -1706,25 +1693,18 @@ class Log:
         still waits is not answered."""
         with self._one_sync, self._commit:
             self._followers.clear()
-            others = [s for s in self.segments.values() if s.number] + self._unused
-            for segment in others + ([self.ready] if self.ready else []):
-                if segment.fd >= 0 and not segment.users:
-                    self.storage.close(segment.fd)
-                    segment.fd = -1
-                segment.is_gone = True
-            for fd in (self.marks.fd, self._folder_fd):
-                if fd >= 0:
-                    self.storage.close(fd)
-            self.marks.fd = self._folder_fd = -1
-            first = self.segments.get(0)
-            if first and first.fd >= 0:
-                self.close_first(first.fd)
-                first.fd = -1
+            files: List[File] = [self.marks, *([self.ready] if self.ready else []), *self._unused,
+                                 *reversed(list(self.segments.values()))]
+            for file in files:               # the first segment, whose lock is ours, last
+                file.is_gone = True
+                if file.fd >= 0 and not (file.users and file.name != LOG_NAME):
+                    self.storage.close(file.fd)
+                    file.fd = -1
+            if self._folder_fd >= 0:
+                self.storage.close(self._folder_fd)
+                self._folder_fd = -1
             self.current = Segment(0, -1)
-
-
-def _identity(status: os.stat_result) -> Tuple[int, int]:
-    return status.st_dev, status.st_ino
+            _open_logs.discard(self)
 
 
 def filesystem_of(path: str) -> Tuple[str, str]:
@@ -1826,9 +1806,7 @@ class LegacyLog:
             log.prove_lock()
             log.storage.rename(path, log.path)
         log.storage.fsync_folder(log.folder)
-        with _open_files_lock:
-            _open_files.add(_identity(os.fstat(first.fd)))
-        log.close_first(self._segment.fd)
+        log.storage.close(self._segment.fd)
         log.segments = {0: first, **{n: s for n, s in log.segments.items() if n}}
         event(logging.WARNING, "took_over", folder=log.folder, messages=self.messages,
               kept=LOG_NAME + ".legacy")

@@ -426,7 +426,7 @@ def a_start_that_stays_clean(run: Run) -> None:
     run.waits(b"m2")
 
 
-@case("c4", ("                    if self._leads_to(path, fd):\n"
+@case("c4", ("                    if leads_to(path, fd):\n"
              "                        self.storage.unlink(path)\n",
              "                    pass\n"),
       partners=("f2",))
