@@ -427,7 +427,8 @@ HEADER = struct.Struct(">8sI16sI4sI")        # magic, version, log_id, number, m
 HEAD = struct.Struct(">4sIBQQII")            # marker, crc32, type, id, time, delay, length
 CHECKED = struct.Struct(">BQQII")            # of HEAD, what the crc is of, with the payload
 FIRST = HEADER.size              # where a segment's first record stands
-START_PAYLOAD = struct.Struct(">QQ")
+START_PAYLOAD = struct.Struct(">QQ")         # messages and bytes that were put before
+START_BYTES = HEAD.size + START_PAYLOAD.size
 SEGMENT_SHIFT = 32               # offset = number << 32 | position
 POSITION_MASK = (1 << SEGMENT_SHIFT) - 1
 ENTRY = struct.Struct(">QQQII")  # id, offset, due (ms, 0: at once), size, count of deliveries
@@ -466,9 +467,6 @@ class Start(NamedTuple):
         return Start(message.id + 1, self.puts + plain, self.put_bytes + plain * message.size)
 
 
-UNKNOWN = Start(0, -1, -1)       # of a segment whose first record is damaged
-
-
 class Codec:
     """Encodes and decodes the records of one log, told apart by `log_id` and `marker`."""
 
@@ -496,9 +494,9 @@ class Codec:
         """Return the codec of the valid header of a segment, None for anything else."""
         if len(data) < HEADER.size:
             return None
-        magic, version, log_id, found, marker, crc = HEADER.unpack_from(data)
-        good = magic == MAGIC and version == FORMAT_VERSION and found == number
-        return cls(log_id, marker) if good and crc == zlib.crc32(data[:FIRST - 4]) else None
+        _, _, log_id, _, marker, _ = HEADER.unpack_from(data)
+        codec = cls(log_id, marker)
+        return codec if data.startswith(codec.header(number)) else None
 
     def encode(self, items: Iterable[Unplaced], offset: int,
                kind: int = MESSAGE) -> Tuple[bytes, List[Message]]:
@@ -525,12 +523,11 @@ class Codec:
 
     def decode_start(self, data: bytes, number: int) -> Optional[Start]:
         """Return the start record that `data`, which stands at FIRST, begins with."""
-        data = data[:HEAD.size + START_PAYLOAD.size]
-        found: List[Message] = []
-        self.decode(data, number << SEGMENT_SHIFT | FIRST, found, START)
-        if not found or len(found[0].payload) != START_PAYLOAD.size:
+        if len(data) < START_BYTES:
             return None
-        return Start(found[0].id, *START_PAYLOAD.unpack(found[0].payload))
+        id_: int = HEAD.unpack_from(data)[3]
+        start = Start(id_, *START_PAYLOAD.unpack_from(data, HEAD.size))
+        return start if data.startswith(self.encode_start(start, number)) else None
 
     def size_of(self, data: bytes) -> int:
         """Return the size of the record that seems to start `data`, 0 if none does."""
@@ -539,8 +536,7 @@ class Codec:
         length: int = HEAD.unpack_from(data)[6]
         return HEAD.size + length if length <= MAX_MESSAGE_BYTES else 0
 
-    def decode(self, data: bytes, offset: int, messages: List[Message],
-               wanted: int = MESSAGE) -> int:
+    def decode(self, data: bytes, offset: int, messages: List[Message]) -> int:
         """Append the messages of the whole and valid records that `data`, which stands at
         `offset`, begins with; return where these records end."""
         marker, crc32, unpack_from, size = self.marker, zlib.crc32, HEAD.unpack_from, HEAD.size
@@ -556,7 +552,7 @@ class Codec:
             payload = data[body:after]
             if crc32(payload, crc32(data[at + 8:body], seed ^ (position + at))) != crc:
                 break
-            if kind == wanted:
+            if kind == MESSAGE:
                 messages.append(new(Message, (id_, time_ms, delay_ms, payload, offset + at,
                                               size + length)))
             at = after
@@ -886,28 +882,28 @@ class Log:
         self._has_room = filesystem_of(self.folder)[1] in ROOM_KINDS
         is_legacy = LegacyLog.is_under_way(self.folder)
         numbers = sorted(int(match[1]) for match in map(SEGMENT_NAME.fullmatch, names) if match)
-        if not is_legacy:
-            for number in numbers:
-                fd = self.storage.open(self.file(f"data.{number}.log"), os.O_RDWR)
-                self.segments[number] = Segment(number, fd)
-                self.lock_file(fd)
         self.highest = max([0, *numbers])
+        for number in () if is_legacy else numbers:
+            segment = self.segments[number] = Segment(number, -1)
+            segment.fd = self.storage.open(self.file(segment.name), os.O_RDWR)
+            self.lock_file(segment.fd)
         codec = self._find_codec(self._open_marks())
-        first = self.read_raw(self.segments[0], FIRST, 0)
-        is_new = False
+        is_new = codec is None or is_legacy
         if codec is None or is_legacy:
-            is_new = self._begin(first, numbers if is_legacy else [], is_legacy)
+            self._begin(is_legacy)
         else:
             self._use(codec)
         for name in filter(TEMPORARY.fullmatch, names):
             self.storage.unlink(self.file(name))
-        self.current = list(self.segments.values())[-1]
-        for segment in self.segments.values():
-            self._measure(segment)
-        self._unused = [s for s in self.segments.values() if s.number and not s.start]
-        for segment in self._unused:         # no message was put before them, nor behind them
-            del self.segments[segment.number]
-        self.current = list(self.segments.values())[-1]
+        before: Optional[Segment] = None
+        *_, self.current = self.segments.values()
+        for segment in list(self.segments.values()):
+            self._measure(segment, before)
+            if segment.start or not segment.number:
+                before = segment
+            else:                            # no message was put before it, nor behind it
+                self._unused.append(self.segments.pop(segment.number))
+        *_, self.current = self.segments.values()
         return is_new
 
     def _use(self, codec: Codec) -> None:
@@ -915,37 +911,34 @@ class Log:
 
     def _find_codec(self, of_marks: Optional[Codec]) -> Optional[Codec]:
         """Return what any header, or the marks, tells the log's records by."""
-        found = {number: Codec.of_header(self.read_raw(segment, FIRST, 0), number)
-                 for number, segment in self.segments.items()}
-        codecs = [codec for codec in [*found.values(), of_marks] if codec]
-        for number, codec in found.items():
-            if codec and codec.log_id != codecs[0].log_id:
-                raise StorageError(f"{self.file(self.segments[number].name)} belongs to another "
-                                   "queue or backup; nothing was touched: move it away")
-        return codecs[0] if codecs else None
+        found: Optional[Codec] = None
+        for segment in self.segments.values():
+            codec = Codec.of_header(self.read_raw(segment, FIRST, 0), segment.number)
+            if codec and found and codec.log_id != found.log_id:
+                raise StorageError(f"{self.file(segment.name)} belongs to another queue or "
+                                   "backup; nothing was touched: move it away")
+            found = found or codec
+        return found or of_marks
 
-    def _begin(self, first: bytes, numbers: Sequence[int], is_under_way: bool) -> bool:
+    def _begin(self, is_under_way: bool) -> None:
         """Make a new log of a file that is not one of this version's."""
         segment = self.segments[0]
-        old = first.startswith(MAGIC) and first[len(MAGIC):][:4] == b"\0\0\0\1"
-        if old:
+        if self.read_raw(segment, FIRST, 0).startswith(MAGIC + b"\0\0\0\1"):
             raise StorageError(f"{self.path} is of version 2.0, which this one does not read; it "
                                "was left as it is: take what waits with 2.0, then move "
                                f"{self.folder} away")
-        if len(self.segments) == 1 and self._is_zeros(segment, 0, os.fstat(segment.fd).st_size):
+        is_alone, legacy = len(self.segments) == 1, LegacyLog(self)
+        if is_alone and self._is_zeros(segment, 0, segment.end):
             self._use(Codec.new())
             self.storage.truncate(segment.fd, 0)
+            segment.end = 0
             self.write_first(segment, Start())
-            return True
-        legacy = LegacyLog(self) if is_under_way or len(self.segments) == 1 else None
-        if legacy is None or not (is_under_way or legacy.is_proven()):
+        elif is_under_way or (is_alone and legacy.is_proven()):
+            self._use(Codec.new())
+            legacy.take_over()
+        else:
             raise StorageError(f"{self.path} is not a log that this version can read; it was "
                                "left as it is: restore it from a backup, or move it away")
-        for number in numbers:               # of a takeover that was cut short
-            self.storage.unlink(self.file(f"data.{number}.log"))
-        self._use(Codec.new())
-        legacy.take_over()
-        return True
 
     def write_first(self, segment: Segment, start: Optional[Start]) -> None:
         """Write the header of a new file, and its first record, durably."""
@@ -960,31 +953,39 @@ class Log:
         segment.start, segment.end = start, max(segment.end, first.end)
         segment.room = max(segment.room, first.end)
 
-    def _measure(self, segment: Segment) -> None:
+    def _measure(self, segment: Segment, before: Optional[Segment]) -> None:
         """Find out what a segment begins with; how far it goes is told by reading it."""
-        first = self.read_raw(segment, FIRST + HEAD.size + START_PAYLOAD.size, 0)
+        first = self.read_raw(segment, FIRST + START_BYTES, 0)
         segment.room = os.fstat(segment.fd).st_size
         segment.start = self.codec.decode_start(first[FIRST:], segment.number)
         segment.end = max(FIRST, segment.room)
         is_used = segment.start is not None or segment.number == 0
         if is_used and Codec.of_header(first, segment.number) is None:
             self.set_aside(segment, 0, min(FIRST, segment.room))
-        if segment.start is None:
-            self._guess_start(segment)
+        if segment.start is None and not self._is_zeros(segment, FIRST, segment.room):
+            self._guess_start(segment, before)
 
-    def _guess_start(self, segment: Segment) -> None:
-        """A start record that is damaged is missed only if there are messages behind it."""
-        if segment.room > FIRST and not self._is_zeros(segment, FIRST, segment.room):
-            after = self._next_valid(segment, FIRST, segment.room)
-            if after < segment.room:
-                self.set_aside(segment, FIRST, after)
-                segment.start = UNKNOWN
+    def _guess_start(self, segment: Segment, before: Optional[Segment]) -> None:
+        """A start record that is damaged is missed only if there are messages behind it. It is
+        written again: what is wrong about where these stand has them freed too early."""
+        after = self._next_valid(segment, FIRST, segment.room)
+        if after < segment.room:
+            self.set_aside(segment, FIRST, after)
+            segment.start = self._start_behind(before) if before else Start()
+            if not segment.is_unreadable:    # or the next start would not know
+                self.write_first(segment, segment.start)
 
-    def mend_start(self, segment: Segment, start: Start) -> None:
-        """Write again what a segment begins with: without it the next start would not know."""
-        segment.start = start
-        if not segment.is_unreadable:
-            self.write_first(segment, start)
+    def _start_behind(self, segment: Segment) -> Start:
+        """Return what a segment behind this one begins with."""
+        start = segment.start or Start()
+        position, after = -1, segment.base | FIRST
+        while after != position:
+            position = after
+            messages, after = self.read(position, segment.base | segment.end, LOG_CHUNK_BYTES)
+            for message in messages:
+                if message.id >= start.next_id:          # put here, no copy
+                    start = start.behind(message)
+        return start
 
     # -- reading
 
@@ -1785,6 +1786,8 @@ class LegacyLog:
         before the rename at the end is repeated without harm."""
         log = self._log
         os.chmod(log.folder, 0o700)
+        for name in filter(SEGMENT_NAME.fullmatch, os.listdir(log.folder)):
+            log.storage.unlink(log.file(name))           # of a takeover that was cut short
         for name in (LOG_NAME, META_NAME):
             self._keep(log.file(name))
         log.storage.fsync_folder(log.folder)
@@ -2312,26 +2315,6 @@ class State:
                 name, self, cursor, Start(cursor_id, passed, passed_bytes),
                 itertools.islice(left, count))
 
-    def mend_starts(self) -> None:
-        """Find out, before all else, what damaged starts of segments said: what is wrong about
-        where a segment's messages stand has it freed too early."""
-        segments = list(self.log.segments.values())
-        for before, segment in zip([None, *segments], segments):
-            if segment.start == UNKNOWN:
-                self.log.mend_start(segment, self._start_behind(before) if before else Start())
-
-    def _start_behind(self, segment: Segment) -> Start:
-        """Return what a segment behind this one begins with."""
-        start, position = segment.start or Start(), segment.base | FIRST
-        while True:
-            messages, after = self.log.read(position, segment.base | segment.end, LOG_CHUNK_BYTES)
-            for message in messages:
-                if message.id >= start.next_id:          # put here, no copy
-                    start = start.behind(message)
-            if after == position:
-                return start
-            position = after
-
     def begin(self, subscribers: Sequence[str], first: int) -> None:
         """Without any marks: everything waits that the data, from `first` on, holds."""
         self.end, self.start = first, self.start_of(first >> SEGMENT_SHIFT)
@@ -2444,7 +2427,7 @@ KEY_BITS = 96                    # of a lease's key
 TAR_BLOCK_BYTES, TAR_END_BYTES = 512, 1024
 PIECE_BYTES = 256 * KIB          # of a stream: so much of it is in memory
 OLDEST = "oldest_message_age_seconds"
-EMPTY_BYTES = FIRST + HEAD.size + START_PAYLOAD.size     # of a segment without messages
+EMPTY_BYTES = FIRST + START_BYTES            # of a segment without messages
 
 
 class Deadlines:
@@ -2916,7 +2899,6 @@ class Queue:
         """Load the log that `log.lock()` locked, and come to the state that it tells."""
         log, state = self.log, self.state
         is_new = log.load()
-        state.mend_starts()
         head, pages, marks = log.read_marks()
         first = next((s.base for s in log.segments.values() if s.start), 0) | FIRST
         start = head["tail"] if head else first

@@ -1508,6 +1508,17 @@ class RecoveryTest(Folder):
         again = self.crash().take()
         self.assertEqual((again.messages[0].payload, again.counts), (b"a", [2]))
 
+    def test_a_first_segment_whose_start_record_is_damaged_begins_at_nothing(self):
+        self.filled(b"a", b"b", b"c")
+        self.drop()
+        self.forget_marks()
+        self.write_log(flipped(self.read_log(), mq.FIRST + 10))
+        queue = self.open()
+        self.assertEqual(queue.log.segments[0].start, mq.Start())
+        self.assertEqual(counts(queue), (3, 0, 0))
+        self.assertEqual(payloads(queue), [b"a", b"b", b"c"])
+        self.assertEqual(counts(queue), (0, 0, 0))
+
     def test_a_message_damaged_after_the_start_is_set_aside_not_delivered(self):
         queue = self.filled(b"aaaa", b"bbbb")
         self.overwrite(b"aaaa", b"XXXX")
@@ -4710,10 +4721,10 @@ class UnseededCodec(mq.Codec):
             offset += len(data)
         return b"".join(parts), messages
 
-    def decode(self, data, offset, messages, wanted=mq.MESSAGE):
+    def decode(self, data, offset, messages):
         while self.size_of(data):
             found, size = [], self.size_of(data)
-            if super().decode(data[:size], 0, found, wanted) == 0:
+            if super().decode(data[:size], 0, found) == 0:
                 break
             messages += [message._replace(offset=offset) for message in found]
             data, offset = data[size:], offset + size
