@@ -1020,32 +1020,35 @@ class Log:
         for at in range(start, end, LOG_CHUNK_BYTES):
             yield self.read_raw(file, min(LOG_CHUNK_BYTES, end - at), at)
 
-    def read(self, offset: int, end: Optional[int] = None,
-             size: int = AHEAD_BYTES) -> Tuple[List[Message], int]:
+    def read(self, offset: int, end: int, size: int = AHEAD_BYTES) -> Tuple[List[Message], int]:
         """Read once from `offset` on, below `end`: return the messages that were found, and
         where to go on; there is no more if that is `offset`. Damage is set aside and skipped."""
-        end = self.tail if end is None else end
         segment = self.segments.get(offset >> SEGMENT_SHIFT)
         position = max(offset & POSITION_MASK, FIRST)
-        limit = segment.end if segment else 0
-        if segment is None or position >= limit:
+        if segment is None or position >= segment.end:
             following = self.after(offset >> SEGMENT_SHIFT)
             return [], following if following is not None and following < end else offset
-        if segment.number == end >> SEGMENT_SHIFT:
-            limit = min(limit, end & POSITION_MASK)
-        if position >= limit or segment.base > end:
+        limit = min(segment.end, end - segment.base)
+        if position >= limit:
             return [], offset
+        messages, after = self._decode(segment, position, limit, size)
+        if after == segment.base | position:
+            after = segment.base | self._skip_damage(segment, position, limit)
+        return messages, after
+
+    def _decode(self, segment: Segment, position: int, end: int,
+                size: int) -> Tuple[List[Message], int]:
+        """Return the messages in so many bytes, but of one record at least if it ends before
+        `end`, and the offset behind them."""
         messages: List[Message] = []
         start = segment.base | position
-        data = self.read_raw(segment, min(size, limit - position), position)
+        data = self.read_raw(segment, min(size, end - position), position)
         after = self.codec.decode(data, start, messages)
         if after == start:
             whole = self.codec.size_of(data)
-            if len(data) < whole <= limit - position:
+            if len(data) < whole <= end - position:
                 data = self.read_raw(segment, whole, position)
                 after = self.codec.decode(data, start, messages)
-        if after == start:
-            after = segment.base | self._skip_damage(segment, position, limit)
         return messages, after
 
     def after(self, number: int) -> Optional[int]:
@@ -1057,14 +1060,12 @@ class Log:
 
     def message_at(self, offset: int, size: int) -> Optional[Message]:
         """Return the message of the record at `offset`, None if none stands there any more."""
-        segment = self.segments.get(offset >> SEGMENT_SHIFT)
-        position = offset & POSITION_MASK
-        found: List[Message] = []
-        if segment is not None and position + size <= segment.end:
-            data = self.read_raw(segment, size, position)
-            self.codec.decode(data, offset, found)
-            if not found:
-                self.set_aside(segment, position, position + size)
+        segment, position = self.segments.get(offset >> SEGMENT_SHIFT), offset & POSITION_MASK
+        if segment is None or position + size > segment.end:
+            return None
+        found, _ = self._decode(segment, position, position + size, size)
+        if not found:
+            self.set_aside(segment, position, position + size)
         return found[0] if found else None
 
     def glance(self, offset: int) -> Optional[Message]:
@@ -1106,22 +1107,15 @@ class Log:
 
     def _next_valid(self, segment: Segment, start: int, end: int) -> int:
         """Return where the first valid record at or behind `start` stands, `end` if none."""
+        marker = re.compile(b"(?=%b)" % re.escape(self.codec.marker))
         overlap = len(self.codec.marker) - 1
         for base in range(start, end, LOG_CHUNK_BYTES):
             data = self.read_raw(segment, min(LOG_CHUNK_BYTES + overlap, end - base), base)
-            at = data.find(self.codec.marker)
-            while at >= 0:
-                if self._is_record(segment, base + at, end):
-                    return base + at
-                at = data.find(self.codec.marker, at + 1)
+            for match in marker.finditer(data):
+                at = base + match.start()
+                if self._decode(segment, at, end, HEAD.size)[1] > segment.base | at:
+                    return at
         return end
-
-    def _is_record(self, segment: Segment, position: int, end: int) -> bool:
-        size = self.codec.size_of(self.read_raw(segment, HEAD.size, position))
-        if not size or position + size > end:
-            return False
-        data = self.read_raw(segment, size, position)
-        return self.codec.decode(data, segment.base | position, []) > segment.base | position
 
     def set_aside(self, segment: Segment, position: int, end: int) -> None:
         """Count, report and save damaged bytes, once for each place."""
@@ -1237,21 +1231,20 @@ class Log:
         self.segments = {**self.segments, segment.number: segment}   # who iterates has the old one
         self.current = segment
         self.ready = None
-        self._give_back(old)
+        self.give_back(old)
         return True
-
-    def give_back_room(self) -> None:
-        """Before a clean stop: no file reaches beyond its last record."""
-        self._give_back(self.current)
 
     def segment_named(self, name: str) -> Optional[Segment]:
         return next((s for s in self.segments.values() if s.name == name), None)
 
-    def _give_back(self, segment: Segment) -> None:
-        if segment.room > segment.end:
+    def give_back(self, segment: Segment) -> bool:
+        """Have a file end behind its last record; return whether it went beyond that."""
+        has_room = segment.room > segment.end
+        if has_room:
             with contextlib.suppress(OSError):
                 self.storage.truncate(segment.fd, segment.end)
                 segment.room = segment.end
+        return has_room
 
     def forget(self, number: int) -> Segment:
         """Take a sealed segment out of the log: nobody reads it from here on but its users."""
@@ -1350,7 +1343,7 @@ class Log:
                 return
             except OSError as error:
                 self._undo_write(file, error)
-                if not (again and self._free_room()):
+                if not (again and self.give_back(self.current)):
                     raise DiskFull from None
             except BaseException as error:
                 self._fail("write", error)
@@ -1365,12 +1358,6 @@ class Log:
             if file is not self.marks:       # where the next line comes over what it left
                 self._fail("truncate", again)
 
-    def _free_room(self) -> bool:
-        """Give back what is kept ahead of the tail; return whether that was anything."""
-        room = self.current.room - self.current.end
-        self._give_back(self.current)
-        return room > 0
-
     def _make_room(self, segment: Segment, size: int) -> None:
         """Have the file reach beyond its tail: a sync within a file is faster than one that
         makes it longer."""
@@ -1379,7 +1366,7 @@ class Log:
             self.storage.allocate(segment.fd, segment.end, more)
             segment.room = segment.end + more
         except OSError:                      # the write itself tells whether the disk is full
-            self._give_back(segment)
+            self.give_back(segment)
 
     def _fail(self, doing: str, error: BaseException) -> NoReturn:
         """Poison the log (invariant 4): this and every later call raises LogFailed."""
@@ -2962,7 +2949,7 @@ class Queue:
         with self.lock:
             self._write_settled_locked()
             self._closed = True
-            self.log.give_back_room()
+            self.log.give_back(self.log.current)
         done = exhaust(self.snapshot(clean=True)) or not self.owed
         self.log.close()
         return done

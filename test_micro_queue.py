@@ -732,7 +732,7 @@ def stored(queue):
     found, offset, after = [], -1, mq.FIRST
     while after != offset:
         offset = after
-        messages, after = queue.log.read(offset)
+        messages, after = queue.log.read(offset, queue.log.tail)
         found += messages
     return found
 

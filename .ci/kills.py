@@ -371,7 +371,7 @@ def messages_of(log: mq.Log) -> Iterator[mq.Message]:
     offset, after = -1, 0
     while after != offset:
         offset = after
-        messages, after = log.read(offset)
+        messages, after = log.read(offset, log.tail)
         yield from messages
 
 
