@@ -1208,9 +1208,9 @@ class Log:
                     raise DiskFull from None
                 raise
 
-    def forget_ready(self, name: str) -> None:
-        """Have another segment made in place of the next one, if that one's file is missing."""
-        if self.ready and self.ready.name == name:
+    def forget_ready(self, file: File) -> None:
+        """Have another segment made in place of the next one, if that is this one."""
+        if self.ready and self.ready is file:
             self.storage.close(self.ready.fd)
             self.ready = None
 
@@ -1233,9 +1233,6 @@ class Log:
         self.ready = None
         self.give_back(old)
         return True
-
-    def segment_named(self, name: str) -> Optional[Segment]:
-        return next((s for s in self.segments.values() if s.name == name), None)
 
     def give_back(self, segment: Segment) -> bool:
         """Have a file end behind its last record; return whether it went beyond that."""
@@ -1642,19 +1639,17 @@ class Log:
 
     # -- files that somebody removed
 
-    def missing_files(self) -> List[str]:
-        """Return the names that no longer lead to this log's files. Raises LogFailed if another
-        file stands there: its owner goes on, we cannot."""
+    def missing_files(self) -> List[File]:
+        """Return those of this log's files to which no name leads any more. Raises LogFailed if
+        another file has the name: its owner goes on, we cannot."""
         ready = self.ready                   # a rotation may take it meanwhile
-        files = [(segment.name, segment.fd) for segment in [*self.segments.values()]
-                 + ([ready] if ready else [])]
-        missing = []
-        for name, fd in [*files, (META_NAME, self.marks.fd)]:
-            if fd >= 0 and not leads_to(self.file(name), fd):
-                if os.path.lexists(self.file(name)):
-                    self.prove_lock()
-                    self._fail("go on in", OSError(0, f"another file took the place of {name}"))
-                missing.append(name)
+        files: List[File] = [*self.segments.values(), *([ready] if ready else []), self.marks]
+        missing = [file for file in files
+                   if file.fd >= 0 and not leads_to(self.file(file.name), file.fd)]
+        for file in missing:
+            if os.path.lexists(self.file(file.name)):
+                self.prove_lock()
+                self._fail("go on in", OSError(0, f"another file took the place of {file.name}"))
         return missing
 
     def put_back(self, segment: Segment, lock: threading.Lock) -> Steps[None]:
@@ -3657,21 +3652,21 @@ class Queue:
             yield from self.snapshot()
 
     def _put_back_files(self) -> Steps[None]:
-        for name in self.log.missing_files():
-            event(logging.ERROR, "file_is_missing", file=self.log.file(name),
+        for file in self.log.missing_files():
+            path = self.log.file(file.name)
+            event(logging.ERROR, "file_is_missing", file=path,
                   advice="somebody deleted it; it is written again")
-            segment = self.log.segment_named(name)
-            if name == META_NAME:
+            segment = next((s for s in self.log.segments.values() if s is file), None)
+            if file is self.log.marks:
                 yield from self.snapshot()
             elif segment is None:
                 with self.lock:
-                    self.log.forget_ready(name)
+                    self.log.forget_ready(file)
             elif segment is not self.log.current or self._seal():
                 try:
                     yield from self.log.put_back(segment, self.lock)
                 except OSError as error:     # it is tried again
-                    event(logging.WARNING, "file_not_put_back", file=self.log.file(name),
-                          error=error.strerror)
+                    event(logging.WARNING, "file_not_put_back", file=path, error=error.strerror)
 
     def _seal(self) -> bool:
         """Go on in a new segment; return whether there was space for one."""
