@@ -1452,7 +1452,7 @@ class Log:
         """Keep what could not be understood of the marks, unless it is zeros, or the Go server's,
         which is kept already."""
         rest = self.read_raw(self.marks, min(MARKS_BYTES, self.marks.end - at), at)
-        if rest.strip(b"\0") and not LegacyLog.is_meta(rest):
+        if rest.strip(b"\0") and not LegacyLog.offsets_in(rest):
             if is_whole:
                 self.corrupt_records += 1
             event(logging.WARNING, "torn_marks", file=self.file(META_NAME), offset=at,
@@ -1711,12 +1711,17 @@ class LegacyLog:
 
     def __init__(self, log: Log) -> None:
         self._log, self._segment = log, log.segments[0]
-        self._size = os.fstat(self._segment.fd).st_size
-        self._segment.end = self._size
-        kept = log.file(META_NAME + ".legacy")
-        self._meta = kept if os.path.exists(kept) else log.file(META_NAME)
-        self.messages = 0
-        self.head, self.tail = self._offsets()
+        self._size = self._segment.end = os.fstat(self._segment.fd).st_size
+        self._start = Start()                # of what comes behind the messages taken over
+        kept, meta = log.file(META_NAME + ".legacy"), b""
+        with contextlib.suppress(OSError), \
+                open(kept if os.path.exists(kept) else log.file(META_NAME), "rb") as file:
+            meta = file.read(KIB)
+        self._offsets = self.offsets_in(meta)
+        head, tail = self._offsets or (0, self._size)
+        if tail - head == self._size or not 0 <= head <= tail:
+            head, tail = 0, self._size       # renamed by a compaction, offsets not yet saved
+        self._head, self._tail = head, tail
 
     @staticmethod
     def is_under_way(folder: str) -> bool:
@@ -1724,44 +1729,32 @@ class LegacyLog:
         return os.path.exists(path + ".legacy") and os.path.samefile(path, path + ".legacy")
 
     @staticmethod
-    def is_meta(data: bytes) -> bool:
-        """Tell whether these are the bytes of the Go server's `meta.json`."""
+    def offsets_in(data: bytes) -> Optional[Tuple[int, int]]:
+        """Return head and tail if these are the bytes of the Go server's `meta.json`."""
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(value, dict) and {"head_offset", "tail_offset"} <= value.keys()
+            meta = json.loads(data)
+            return int(meta["head_offset"]), int(meta["tail_offset"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return None
 
     def is_proven(self) -> bool:
         """Tell whether this is the Go server's: by its meta.json, or by lengths that lead from
         message to message up to the end, where the last one may be cut short."""
-        with contextlib.suppress(OSError), open(self._meta, "rb") as file:
-            if self.is_meta(file.read(KIB)):
-                return True
-        at = found = 0
-        while at < self._size:
-            length = self._length(at)
-            if length is None or length > MAX_MESSAGE_BYTES:
-                return found > 0 and length is None
-            at += U64.size + length
-            found += length > 0 and at <= self._size
-        return found > 0
+        found = self._offsets is not None
+        for first, end in () if found else self._walk():
+            if end - first > MAX_MESSAGE_BYTES:
+                return False
+            found = found or first < end <= self._size
+        return found
 
-    def _length(self, at: int) -> Optional[int]:
-        start = self._log.read_raw(self._segment, U64.size, at)
-        return U64.unpack(start)[0] if len(start) == U64.size else None
-
-    def _offsets(self) -> Tuple[int, int]:
-        try:
-            with open(self._meta, "rb") as file:
-                meta = json.loads(file.read())
-            head, tail = int(meta["head_offset"]), int(meta["tail_offset"])
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            return 0, self._size
-        compacting = tail - head == self._size           # renamed, offsets not yet saved
-        if compacting or not 0 <= head <= tail:
-            return 0, self._size
-        return head, min(tail, self._size)
+    def _walk(self) -> Iterator[Tuple[int, int]]:
+        """Yield where the payload of each message begins and ends; the last one may be beyond the
+        end of the file."""
+        end = 0
+        while end < self._size:
+            start, first = self._log.read_raw(self._segment, U64.size, end), end + U64.size
+            end = first + (U64.unpack(start)[0] if len(start) == U64.size else 0)
+            yield first, end
 
     def take_over(self) -> None:
         """Write what waits into segments of ours; both old files are kept as `.legacy`. A crash
@@ -1773,17 +1766,12 @@ class LegacyLog:
         for name in (LOG_NAME, META_NAME):
             self._keep(log.file(name))
         log.storage.fsync_folder(log.folder)
-        start, now_ms = Start(), int(time.time() * 1000)
-        log.make_ready()
-        if not log.rotate(start):            # nothing may go into the old file
-            raise DiskFull
-        for batch in self._batches(now_ms):
-            log.append(batch)
-            start = Start(start.next_id + len(batch), start.puts + len(batch),
-                          start.put_bytes + sum(HEAD.size + len(item[3]) for item in batch))
+        log.begin_anew(self._start)          # nothing may go into the old file
+        for _, batch in itertools.groupby(self._waiting(), lambda place: place[0] // MIB):
+            log.append([message for _, message in batch], self._count)
             if log.current.end >= SEGMENT_BYTES:
                 log.make_ready()
-                log.rotate(start)
+                log.rotate(self._start)
         log.sync()
         path, first = log.temporary(LOG_NAME), Segment(0, -1)
         with log.new_file(path) as first.fd:
@@ -1792,49 +1780,40 @@ class LegacyLog:
             log.storage.rename(path, log.path)
         log.storage.fsync_folder(log.folder)
         log.storage.close(self._segment.fd)
-        log.segments = {0: first, **{n: s for n, s in log.segments.items() if n}}
-        event(logging.WARNING, "took_over", folder=log.folder, messages=self.messages,
+        log.segments[0] = first
+        event(logging.WARNING, "took_over", folder=log.folder, messages=self._start.puts,
               kept=LOG_NAME + ".legacy")
 
     def _keep(self, old: str) -> None:
         kept = old + ".legacy"
-        if os.path.exists(old) and not (os.path.exists(kept) and os.path.samefile(old, kept)):
-            try:
-                self._log.storage.link(old, kept)
-            except FileExistsError:
+        try:
+            self._log.storage.link(old, kept)
+        except FileNotFoundError:            # there need not be a meta.json
+            return
+        except FileExistsError:
+            if not os.path.samefile(old, kept):
                 raise StorageError(f"{kept} is in the way of taking over {old}; move it "
                                    "elsewhere") from None
-        if os.path.exists(kept):
-            os.chmod(kept, 0o600)
+        os.chmod(kept, 0o600)
 
-    def _batches(self, now_ms: int) -> Iterator[List[Unplaced]]:
-        """Yield the waiting messages, about a MiB at a time."""
-        batch: List[Unplaced] = []
-        size = 0
-        for payload in self._payloads():
-            self.messages += 1
-            batch.append((self.messages, now_ms, 0, payload))
-            size += len(payload)
-            if size >= MIB:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+    def _count(self, messages: Sequence[Message]) -> None:
+        self._start = functools.reduce(Start.behind, messages, self._start)
 
-    def _payloads(self) -> Iterator[bytes]:
-        at, log = 0, self._log
-        while at < self.tail:
-            length = self._length(at)
-            end = at + U64.size + (self._size if length is None else length)
-            if end > self._size:
-                log.set_aside(self._segment, at, self._size)
+    def _waiting(self) -> Iterator[Tuple[int, Unplaced]]:
+        """Yield the messages that wait, and where each ends."""
+        log, id_, now_ms = self._log, 0, int(time.time() * 1000)
+        for first, end in self._walk():
+            if first - U64.size >= self._tail:
                 return
-            if length and length > MAX_MESSAGE_BYTES:
-                event(logging.ERROR, "message_too_large", log=log.path, offset=at, bytes=length)
-                log.save(self._segment, at + U64.size, end, "too-large")
-            elif end > self.head and length:
-                yield log.read_raw(self._segment, length, at + U64.size)
-            at = end
+            if end > self._size:
+                log.set_aside(self._segment, first - U64.size, self._size)
+            elif end - first > MAX_MESSAGE_BYTES:
+                event(logging.ERROR, "message_too_large", log=log.path, offset=first - U64.size,
+                      bytes=end - first)
+                log.save(self._segment, first, end, "too-large")
+            elif end > max(self._head, first):
+                id_ += 1
+                yield end, (id_, now_ms, 0, log.read_raw(self._segment, end - first, first))
 
 
 # ---- State --------------------------------------------------------------------------------
