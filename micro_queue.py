@@ -475,10 +475,8 @@ class Codec:
 
     @classmethod
     def new(cls) -> Codec:
-        marker = b"\0" * 4
-        while 0 in marker:       # so that no run of zeros is ever part of a record's start
-            marker = secrets.token_bytes(4)
-        return cls(secrets.token_bytes(16), marker)
+        # Without a zero: no run of zeros is ever part of a record's start.
+        return cls(secrets.token_bytes(16), bytes(1 + secrets.randbelow(255) for _ in range(4)))
 
     def seed(self, number: int) -> int:
         """Return what a record's crc starts from, but for its position: a record is one only in
@@ -585,6 +583,11 @@ def _quoted(name: str) -> bytes:
     return json.dumps(name).encode()
 
 
+@functools.lru_cache(maxsize=1024)
+def _unquoted(text: bytes) -> str:
+    return str(json.loads(text))
+
+
 class Marks:
     """Encodes or decodes the lines of one file of marks, one after the other. Each is a JSON array
     that ends with a crc32 of what stands before it, which starts from that of the line before: so
@@ -592,19 +595,18 @@ class Marks:
 
     def __init__(self, log_id: bytes) -> None:
         self.crc = zlib.crc32(log_id)
-        self._names: Dict[bytes, str] = {}   # by their JSON: a line is made and read quickly
 
     def line(self, text: bytes) -> bytes:
         """Return a line of an array that lacks its crc and its end."""
         self.crc = zlib.crc32(text, self.crc)
         return b"%b,%d]\n" % (text, self.crc)
 
-    def check(self, line: bytes) -> Optional[bytes]:
-        """Return the text of a line, None if it is damaged."""
+    def check(self, line: bytes) -> bytes:
+        """Return the text of a line, none if it is damaged."""
         text, _, found = line.rpartition(b",")
         crc = zlib.crc32(text, self.crc)
         if found != b"%d]\n" % crc:
-            return None
+            return b""
         self.crc = crc
         return text
 
@@ -615,38 +617,30 @@ class Marks:
         return self.line(b'["%b",%d,%d,%d,%b%b' % (kind, first, last, tail, more, name))
 
     def decode(self, line: bytes) -> Optional[Mark]:
-        text = self.check(line)
-        match = MARK.fullmatch(text) if text is not None else None
+        match = MARK.fullmatch(self.check(line))
         if match is None:
             return None
-        kind, first, last, tail, count, due_ms, quoted = match.groups()
-        name = self._names.get(quoted)
-        if name is None:
-            name = self._names[quoted] = json.loads(quoted)
-        return Mark(kind, name, int(first), int(last), int(tail), int(count or 0),
+        kind, first, last, tail, count, due_ms, name = match.groups()
+        return Mark(kind, _unquoted(name), int(first), int(last), int(tail), int(count or 0),
                     int(due_ms or 0))
 
     def head(self, value: Mapping[str, Any]) -> bytes:
         return self.line(b'["snapshot",%b' % json.dumps(value).encode())
 
     def decode_head(self, line: bytes) -> Optional[Dict[str, Any]]:
-        text = self.check(line)
-        if text is None or not text.startswith(b'["snapshot",'):
-            return None
-        value: Dict[str, Any] = json.loads(text[len(b'["snapshot",'):])
-        return value
+        _, is_head, text = self.check(line).partition(b'["snapshot",')
+        return json.loads(text) if is_head else None
 
     def page(self, page: Mapping[int, bytes]) -> bytes:
         """Return the line of a page of entries."""
         return self.line(b'["entries","%b"' % base64.b64encode(b"".join(page.values())))
 
     def decode_page(self, line: bytes) -> Optional[Dict[int, bytes]]:
-        text = self.check(line)
-        if text is None or not text.startswith(b'["entries","'):
-            return None
-        packed, step = base64.b64decode(text[len(b'["entries","'):-1]), ENTRY.size
+        _, is_page, text = self.check(line).partition(b'["entries","')
+        packed, step = base64.b64decode(text[:-1]), ENTRY.size
         entries = [packed[at:at + step] for at in range(0, len(packed), step)]
-        return dict(zip([fields[0] for fields in ENTRY.iter_unpack(packed)], entries))
+        ids = [fields[0] for fields in ENTRY.iter_unpack(packed)]
+        return dict(zip(ids, entries)) if is_page else None
 
 
 # ---- Log ----------------------------------------------------------------------------------
