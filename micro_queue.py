@@ -1167,11 +1167,9 @@ class Log:
         self._is_recovering = False
         while self._unused:
             segment = self._unused.pop()
-            if segment.is_unreadable:        # it may hold messages
-                self._keep_unreadable(segment)
-            else:
-                self.storage.unlink(self.file(segment.name))
-            self.storage.close(segment.fd)
+            segment.is_gone = True
+            for _ in self.remove(segment):
+                pass
 
     # -- segments
 
@@ -1247,37 +1245,26 @@ class Log:
             segment.start, segment.end = None, FIRST
         return segment
 
-    def left_over(self) -> List[Segment]:
-        """Return the first segment if it was forgotten while somebody needed it whole, and no
-        longer does: it is to be removed again."""
-        first = self.segments.get(0)
-        is_due = first and first.start is None and first.room > FIRST and not first.users
-        return [first] if first and is_due and not first.is_unreadable else []
-
     def remove(self, segment: Segment) -> Steps[None]:
         """Remove the file of a forgotten segment, a part at a time: freeing much space at once
         keeps a file system from everybody else."""
         path = self.file(segment.name)
+        if segment.is_unreadable:            # it may hold messages
+            event(logging.WARNING, "unreadable_segment_kept", file=path)
         try:
-            if segment.is_unreadable:
-                self._keep_unreadable(segment)
             while not segment.is_unreadable and segment.room > FIRST and not segment.users:
                 segment.room = max(FIRST, segment.room - TRUNCATE_BYTES)
                 self.storage.truncate(segment.fd, segment.room)
                 yield FREE_REST_S
-            if (segment.number and not segment.is_unreadable
-                    and leads_to(path, segment.fd)):
-                self.storage.unlink(path)
+            if segment.number and leads_to(path, segment.fd):
+                if segment.is_unreadable:
+                    self.storage.rename(path, f"{path}.unreadable-{self.codec.log_id.hex()}")
+                else:
+                    self.storage.unlink(path)
         except OSError as error:             # the next start removes it
             event(logging.WARNING, "segment_not_removed", file=path, error=error.strerror)
         if segment.number:
             self.release(segment, 0)
-
-    def _keep_unreadable(self, segment: Segment) -> None:
-        path = self.file(segment.name)
-        event(logging.WARNING, "unreadable_segment_kept", file=path)
-        if segment.number:
-            self.storage.rename(path, f"{path}.unreadable-{self.codec.log_id.hex()}")
 
     def hold(self, segments: Iterable[Segment]) -> None:
         """Keep descriptors open until `release`, and their files whole."""
@@ -3747,7 +3734,8 @@ class Queue:
     def _free_dead_segments(self) -> Steps[None]:
         """Remove sealed segments in which nothing is held. One out of which a copy was made goes
         only behind a snapshot that knows the copy."""
-        gone = self.log.left_over()
+        first = self.log.segments[0]         # somebody may have needed it whole
+        gone = [first] if first.start is None and not first.is_unreadable else []
         with self.lock:
             dead = [n for n, s in self.log.segments.items()
                     if s.start and s is not self.log.current and self.state.is_dead(n)]
