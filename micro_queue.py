@@ -3857,7 +3857,8 @@ class Broker:
         self._clock = clock or Clock()
         self._tick_ms = 0                    # when (monotonic) the next tick is; see _wake_at
         self._wakes: queues.SimpleQueue[int] = queues.SimpleQueue()      # that are to be sooner
-        self._called = threading.Event()     # upkeep is wanted before its second is over
+        self._next_s = 0.0                   # when upkeep's second is over
+        self._called = threading.Event()     # it is wanted before
         self._jobs: List[Job] = []           # only upkeep takes one out; a queue's first is begun
         self._reads: queues.SimpleQueue[Optional[Callable[[], None]]] = queues.SimpleQueue()
         self.queues = {item.name: Queue(item, os.path.join(settings.path, item.name),
@@ -3947,7 +3948,7 @@ class Broker:
     # -- threads
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Do a thread's work until the end, whatever it meets."""
+        """Do a thread's work again and again until the end, whatever it meets."""
         while not self._stopping.is_set():
             try:
                 work()
@@ -3964,35 +3965,32 @@ class Broker:
             self._wakes.put(monotonic_ms)
 
     def _timers(self) -> None:
-        while not self._stopping.is_set():
-            self._tick_ms = NEVER
-            self._wake_at(min([queue.tick() for queue in self.queues.values()]))
-            with contextlib.suppress(queues.Empty):      # its time has come
-                while True:
-                    left_ms = min(self._tick_ms - self._clock.monotonic_ms(), MAX_SLEEP_MS)
-                    wake_ms = self._wakes.get(timeout=max(0, left_ms) / 1000)
-                    self._tick_ms = min(self._tick_ms, wake_ms)
+        self._tick_ms = NEVER
+        self._wake_at(min([queue.tick() for queue in self.queues.values()]))
+        with contextlib.suppress(queues.Empty):          # its time has come
+            while True:
+                left_ms = min(self._tick_ms - self._clock.monotonic_ms(), MAX_SLEEP_MS)
+                wake_ms = self._wakes.get(timeout=max(0, left_ms) / 1000)
+                self._tick_ms = min(self._tick_ms, wake_ms)
 
     def _upkeep(self) -> None:
         """Each second what has to be done each second; in between the steps of the jobs, one of
         each queue in turn, and a rest for as long as the longest of them wants."""
-        next_s = 0.0
-        while not self._stopping.is_set():
-            if time.monotonic() >= next_s:
-                next_s = time.monotonic() + UPKEEP_S
-                self._each_second()
-                self._called.set()
-            if self._called.is_set():
-                self._called.clear()
-                for queue in self.queues.values():
-                    queue.prepare()
-            firsts = {job.queue: job for job in reversed(self._jobs)}
-            rests_s = [self._step(job) for job in firsts.values()]
-            left_s = max(0, next_s - time.monotonic())
-            if rests_s:                      # none may keep the syncs of each second waiting
-                self._stopping.wait(min(max(rests_s), left_s))
-            else:
-                self._called.wait(left_s)
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + UPKEEP_S
+            self._each_second()
+            self._called.set()
+        if self._called.is_set():
+            self._called.clear()
+            for queue in self.queues.values():
+                queue.prepare()
+        firsts = {job.queue: job for job in reversed(self._jobs)}
+        rests_s = [self._step(job) for job in firsts.values()]
+        left_s = max(0, self._next_s - time.monotonic())
+        if rests_s:                          # none may keep the syncs of each second waiting
+            self._stopping.wait(min(max(rests_s), left_s))
+        else:
+            self._called.wait(left_s)
 
     def _each_second(self) -> None:
         self._watch_space()
@@ -4033,9 +4031,9 @@ class Broker:
             act()
 
     def _mover(self) -> None:
-        while not self._stopping.wait(UPKEEP_S):
-            for queue in self.queues.values():
-                self._move_dead_letters(queue)
+        self._stopping.wait(UPKEEP_S)
+        for queue in self.queues.values():
+            self._move_dead_letters(queue)
 
     def _move_dead_letters(self, queue: Queue) -> None:
         """Put dead letters where they belong, then settle them: a crash between repeats them.
