@@ -1144,11 +1144,10 @@ class Log:
         """Write again and sync what stands from `start` on: a sync that failed before a crash
         leaves pages that are clean but not on disk."""
         for segment in self.segments.values():
-            if segment.number >= start >> SEGMENT_SHIFT and segment.start:
-                first = start & POSITION_MASK if segment.base == start & ~POSITION_MASK else 0
-                copy = File(segment.name, segment.fd)
-                copy.end = first
-                for data in self._pieces(segment, first, segment.end):
+            copy = File(segment.name, segment.fd)
+            copy.end = max(0, start - segment.base)
+            if segment.start and copy.end < segment.end:
+                for data in self._pieces(segment, copy.end, segment.end):
                     if not segment.is_unreadable:
                         self.storage.append(copy, data)
                 self.storage.fdatasync(segment.fd)
@@ -1461,8 +1460,7 @@ class Log:
             if error.errno not in (*NO_SPACE, errno.EMFILE, errno.ENFILE):
                 self._fail("write a snapshot of", error)
             return False
-        with self._one_sync:
-            self._sync_names()
+        self.sync_marks()
         return True
 
     def _write_lines(self, new: MarksFile, lines: Iterator[bytes]) -> Steps[None]:
@@ -1505,18 +1503,6 @@ class Log:
                 self.storage.rename(path, self.file(META_NAME))
                 old, self.marks = self.marks, new
         return old.fd
-
-    def _sync_names(self) -> None:
-        """Make the rename of the marks durable, if it is not yet. Called with `_one_sync` held.
-        Raises LogFailed."""
-        if self._folder_fd >= 0:
-            fd, self._folder_fd = self._folder_fd, -1
-            try:
-                self.storage.fsync(fd)
-            except OSError as error:
-                self._fail("sync", error)
-            finally:
-                self.storage.close(fd)
 
     # -- durability
 
@@ -1616,7 +1602,14 @@ class Log:
                 end = marks.end
                 self._sync_file(marks.fd)
                 marks.synced = end
-            self._sync_names()               # or a power cut brings back the old marks
+            if self._folder_fd >= 0:         # or a power cut brings back the old marks
+                fd, self._folder_fd = self._folder_fd, -1
+                try:
+                    self.storage.fsync(fd)
+                except OSError as error:
+                    self._fail("sync", error)
+                finally:
+                    self.storage.close(fd)
 
     # -- files that somebody removed
 

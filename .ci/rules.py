@@ -276,8 +276,8 @@ case("a2",
           settled_beside_a_snapshot)
 
 
-RENAMED = (("            return False\n        with self._one_sync:\n",
-            "            return False\n        yield 0\n        with self._one_sync:\n"),)
+RENAMED = (("            return False\n        self.sync_marks()\n",
+            "            return False\n        yield 0\n        self.sync_marks()\n"),)
 
 
 def until_renamed(run: Run, steps: Iterator[Any]) -> None:
@@ -286,8 +286,8 @@ def until_renamed(run: Run, steps: Iterator[Any]) -> None:
         next(steps)
 
 
-@case("a3", ("            self._sync_names()               # or a power cut",
-             "            pass                             # or a power cut"), pauses=RENAMED)
+@case("a3", ("            if self._folder_fd >= 0:         # or a power cut",
+             "            if False:                        # or a power cut"), pauses=RENAMED)
 def settled_before_the_folder_is_synced(run: Run) -> None:
     """The new marks were renamed into place, the folder is about to be synced. Just now a
     message is settled and the marks are synced. At a cut the name is still the old file's, and
@@ -304,8 +304,11 @@ def settled_before_the_folder_is_synced(run: Run) -> None:
     run.waits(b"m2")
 
 
-@case("a3", ("                marks.synced = end\n            self._sync_names()",
-             "                self._sync_names()\n                marks.synced = end"),
+@case("a3", ("            if self._folder_fd >= 0:         # or a power cut",
+             "            if self._folder_fd >= 0 and was_behind:  # or a power cut"),
+      ("            marks = self.marks\n            if marks.synced",
+       "            marks = self.marks\n            was_behind = marks.synced < marks.end\n"
+       "            if marks.synced"),
       pauses=RENAMED)
 def settled_before_the_rename(run: Run) -> None:
     """As above, but the message was settled before the rename: its mark went along and is on
