@@ -724,6 +724,7 @@ class File:
         self.name, self.fd = name, fd
         self.end = 0                         # position behind what was written
         self.room = 0                        # the file's size
+        self.synced = 0                      # how much of it a sync covered
         self.users = 0                       # who needs `fd` without the owner's lock
         self.is_gone = False                 # no longer of the log; its last user closes it
         self.is_unreadable = False           # in part: to be kept for whoever can read it
@@ -748,7 +749,6 @@ class MarksFile(File):
     def __init__(self, log_id: bytes, fd: int = -1) -> None:
         super().__init__(META_NAME, fd)
         self.lines = Marks(log_id)
-        self.synced = 0                      # how much of it a sync covered
         self.snapshot_bytes = 0              # how much of it is the snapshot
 
 
@@ -788,7 +788,6 @@ class Log:
         self._has_room = False               # whether files get room ahead of their tail
         self._one_sync = threading.Lock()    # held while files sync; before `_commit`
         self._commit = threading.Lock()      # guards what follows, `durable` and users
-        self._dirty: Dict[int, Segment] = {}
         self._leading = False                # somebody syncs for those who wait
         self._followers: List[Tuple[int, bool, Callable[[], None]]] = []
 
@@ -952,7 +951,7 @@ class Log:
         first = self.read_raw(segment, FIRST + START_BYTES, 0)
         segment.room = os.fstat(segment.fd).st_size
         segment.start = self.codec.decode_start(first[FIRST:], segment.number)
-        segment.end = max(FIRST, segment.room)
+        segment.end = segment.synced = max(FIRST, segment.room)
         is_used = segment.start is not None or segment.number == 0
         if is_used and Codec.of_header(first, segment.number) is None:
             self.set_aside(segment, 0, min(FIRST, segment.room))
@@ -1095,7 +1094,7 @@ class Log:
             segment.end = position
         elif after == end == segment.end and self._is_recovering:
             self.storage.truncate(segment.fd, position)
-            segment.end = segment.room = position
+            segment.end = segment.room = segment.synced = position
             return position
         return after
 
@@ -1217,8 +1216,6 @@ class Log:
         except DiskFull:
             return False
         segment.start = start
-        with self._commit:
-            self._dirty[segment.number] = segment
         self.segments = {**self.segments, segment.number: segment}   # who iterates has the old one
         self.current = segment
         self.ready = None
@@ -1301,9 +1298,7 @@ class Log:
             self._make_room(segment, len(data))
         self._write(segment, data)
         try:                                 # here: a call may find no memory either
-            with self._commit:
-                self._dirty[segment.number] = segment
-                self.appends += 1            # invariant 2: after its write ended
+            self.appends += 1                # invariant 2: after its write ended
             apply(messages)
         except BaseException as error:
             self.give_up(error)
@@ -1572,23 +1567,24 @@ class Log:
     def _sync_data(self) -> None:
         """Sync what was written so far, the oldest segment first. Called with `_one_sync` held:
         of two at once only one would be told of an error."""
+        target = self.appends
         with self._commit:
-            target, dirty, self._dirty = self.appends, self._dirty, {}
-            for segment in dirty.values():
+            dirty = [s for s in self.segments.values() if s.synced < s.end]
+            for segment in dirty:
                 segment.users += 1
-        for _, segment in sorted(dirty.items()):
-            if segment.fd >= 0:
-                self._sync_file(segment.fd)
+        for segment in dirty:
+            self._sync_file(segment)
             self.release(segment)
         with self._commit:
             self.durable = max(self.durable, target)
 
-    def _sync_file(self, fd: int) -> None:
-        started = time.perf_counter()
+    def _sync_file(self, file: File) -> None:
+        end, started = file.end, time.perf_counter()
         try:
-            self.storage.fdatasync(fd)
+            self.storage.fdatasync(file.fd)
         except BaseException as error:       # whatever it is: the kernel tells it only once
             self._fail("sync", error)
+        file.synced = end
         self.syncs += 1
         self.sync_seconds += time.perf_counter() - started
 
@@ -1597,11 +1593,8 @@ class Log:
         with self._one_sync:
             if self.failure:
                 raise self.failure
-            marks = self.marks
-            if marks.synced < marks.end:
-                end = marks.end
-                self._sync_file(marks.fd)
-                marks.synced = end
+            if self.marks.synced < self.marks.end:
+                self._sync_file(self.marks)
             if self._folder_fd >= 0:         # or a power cut brings back the old marks
                 fd, self._folder_fd = self._folder_fd, -1
                 try:
@@ -1642,6 +1635,7 @@ class Log:
             self.storage.fsync_folder(self.folder)
         with self._one_sync, lock:
             new.start, new.is_unreadable = segment.start, segment.is_unreadable
+            new.synced = new.end
             self.segments[segment.number], segment.is_gone = new, True
         self.release(segment, 0)             # a backup may read it: its last user closes it
 

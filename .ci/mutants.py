@@ -70,7 +70,7 @@ MUTANTS = [
         "DurableServerTest.test_a_failed_sync_is_no_200",
         "CrashStateTest.test_no_power_cut_after_a_random_run_does_either")),
     Mutant("a sync that is left out", (
-        ("self.storage.fdatasync(fd)\n        except", "pass\n        except"),), (
+        ("self.storage.fdatasync(file.fd)\n        except", "pass\n        except"),), (
         "AppendTest.test_any_other_error_poisons_the_log",
         "DurableServerTest.test_a_failed_sync_is_no_200")),
     Mutant("a sync that counts for what was written after it began", (

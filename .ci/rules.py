@@ -306,9 +306,8 @@ def settled_before_the_folder_is_synced(run: Run) -> None:
 
 @case("a3", ("            if self._folder_fd >= 0:         # or a power cut",
              "            if self._folder_fd >= 0 and was_behind:  # or a power cut"),
-      ("            marks = self.marks\n            if marks.synced",
-       "            marks = self.marks\n            was_behind = marks.synced < marks.end\n"
-       "            if marks.synced"),
+      ("            if self.marks.synced < self.marks.end:\n",
+       "            was_behind = self.marks.synced < self.marks.end\n            if was_behind:\n"),
       pauses=RENAMED)
 def settled_before_the_rename(run: Run) -> None:
     """As above, but the message was settled before the rename: its mark went along and is on
