@@ -1879,9 +1879,6 @@ class Entries:
             found += filter(page.__contains__, ids) if page else ()
         return found
 
-    def has_page(self, id_: int) -> bool:
-        return id_ >> PAGE_SHIFT in self._pages
-
     def stands_at(self, id_: int, offset: int) -> bool:
         return id_ in self and self[id_].offset == offset
 
@@ -2409,40 +2406,6 @@ class Deadlines:
         return list(due)
 
 
-class LowestFirst:
-    """A heap of ids, by pages as those of the entries, so that what became stale goes page by
-    page: an id is stale if it is not `is_ready`, a page if it is not `has_page`."""
-
-    def __init__(self, is_ready: Callable[[int], bool], has_page: Callable[[int], bool]) -> None:
-        self._is_ready, self._has_page = is_ready, has_page
-        self._pages: Dict[int, List[int]] = {}
-        self._order: List[int] = []
-
-    def add(self, id_: int) -> None:
-        page = self._pages.get(id_ >> PAGE_SHIFT)
-        if page is None:
-            heapq.heappush(self._order, id_ >> PAGE_SHIFT)
-            page = self._pages[id_ >> PAGE_SHIFT] = []
-        heapq.heappush(page, id_)
-
-    def first(self) -> Optional[int]:
-        while self._order:
-            page = self._pages[self._order[0]]
-            while page and self._has_page(page[0]):
-                if self._is_ready(page[0]):
-                    return page[0]
-                heapq.heappop(page)
-            del self._pages[heapq.heappop(self._order)]
-        return None
-
-    def all(self) -> Iterator[int]:
-        """Yield all that are ready, lowest first; nothing may change meanwhile."""
-        for number in sorted(self._order):
-            for id_ in sorted(set(self._pages[number])):
-                if self._is_ready(id_):
-                    yield id_
-
-
 class Clock:
     """Where time comes from; a test hands in its own."""
 
@@ -2657,8 +2620,6 @@ class Consumers:
         self.waiter_deadlines = Deadlines(
             lambda key: self.waiters[key].deadline_ms if key in self.waiters else None)
         self.forget()
-        for due_ms, entries in itertools.groupby(subscription.entries, lambda entry: entry[2]):
-            self.note([entry[0] for entry in entries], due_ms)
 
     def forget(self) -> None:
         """Nothing is out, and nothing is an entry."""
@@ -2667,12 +2628,23 @@ class Consumers:
         self.leases: Dict[int, Lease] = {}
         self.lease_deadlines = Deadlines(
             lambda key: self.leases[key].deadline_ms if key in self.leases else None)
-        self.ready = LowestFirst(self._is_ready, lambda id_: self.entries.has_page(id_))
+        self.ready: List[int] = []           # heap of ids; what went bad may still stand there
         self.delayed = Deadlines(lambda id_: self.entries.due(id_) or None)
 
     @property
     def entries(self) -> Entries:
         return self.subscription.entries
+
+    def begin(self, most: int) -> List[int]:
+        """Note all entries after a start. Return those that were delivered `most` times, which
+        are out."""
+        spent = [entry[0] for entry in self.entries if entry[4] >= most]
+        self.out.update(spent)
+        for id_ in spent:
+            self.entries.put(*self.entries[id_]._replace(due_ms=0))
+        for due_ms, entries in itertools.groupby(self.entries, lambda entry: entry[2]):
+            self.note([entry[0] for entry in entries if entry[0] not in self.out], due_ms)
+        return spent
 
     def note(self, ids: Iterable[int], due_ms: int) -> None:
         """Note of entries that are not out that they are ready, or when they will be."""
@@ -2681,13 +2653,14 @@ class Consumers:
         else:
             self.expiry_ms = self._look_at_ms
             for id_ in ids:
-                self.ready.add(id_)
+                heapq.heappush(self.ready, id_)
 
     def take_out(self, run: Sequence[Message]) -> List[int]:
-        """Have a message, or a run at the cursor, in someone's hands. Return how often each was
-        delivered, with this time."""
+        """Have the first ready message, or a run at the cursor, in someone's hands. Return how
+        often each was delivered, with this time."""
         first_id = run[0].id
         if first_id in self.entries:
+            heapq.heappop(self.ready)
             counts = [self.entries[first_id][4] + 1]
         else:
             self.subscription.take_in(*run)
@@ -2702,15 +2675,16 @@ class Consumers:
 
     def end_delays(self, now_ms: int) -> None:
         """What was delayed until now is ready; as much as one hold of the lock may."""
-        for id_ in self.delayed.pop_due(now_ms, AT_ONCE):
-            self.make_ready(id_)
+        due = self.delayed.pop_due(now_ms, AT_ONCE)
+        for id_ in due:
+            self.entries.put(*self.entries[id_]._replace(due_ms=0))
+        self.note(due, 0)
 
-    def make_ready(self, id_: int) -> None:
-        self.entries.put(*self.entries[id_]._replace(due_ms=0))
-        self.note([id_], 0)
-
-    def _is_ready(self, id_: int) -> bool:
-        return id_ not in self.out and self.entries.due(id_) == 0
+    def first_ready(self) -> Optional[int]:
+        """Return the lowest id of an entry that is ready."""
+        while self.ready and self.ready[0] not in self.entries:
+            heapq.heappop(self.ready)
+        return self.ready[0] if self.ready else None
 
     @property
     def ready_count(self) -> int:
@@ -2851,7 +2825,8 @@ class Queue:
         with self.lock:
             self._consumers = {name: Consumers(subscription, expires=bool(self.config.ttl))
                                for name, subscription in state.subscriptions.items()}
-            self._expel_spent_locked()
+            for consumers in self._consumers.values():   # the limit may be a new one
+                self._expel_locked(consumers, consumers.begin(self._most))
         if not (head or is_new) and state.held_count:
             event(logging.WARNING, "no_marks", queue=self.config.name, advice="meta.json is "
                   "missing or unusable: all that the data files still hold comes again")
@@ -3105,7 +3080,7 @@ class Queue:
         next to nothing. One whose bytes went bad is set aside and gone. Raises ApiError 503."""
         subscription = consumers.subscription
         while True:
-            id_, place = consumers.ready.first(), None
+            id_, place = consumers.first_ready(), None
             if id_ is None or id_ >= subscription.cursor_id:
                 place = subscription.at_cursor(MIB)
             if place and (id_ is None or place.id < id_):
@@ -3141,9 +3116,7 @@ class Queue:
             if any(len(m.payload) > UNCOUNTED_BYTES for m in self._look_locked(consumers)):
                 return None
             wish = wish._replace(max_bytes=UNCOUNTED_BYTES)
-        messages: List[Message] = []
-        counts = (self._peek_locked if wish.peek else self._choose_locked)(
-            consumers, wish, messages)
+        messages, counts = self._choose_locked(consumers, wish)
         if not messages:
             return None
         as_lines = wish.lines > 0 and is_line(messages[0].payload)
@@ -3151,16 +3124,19 @@ class Queue:
         held = size if size > UNCOUNTED_BYTES else 0
         if held:
             self._budget.hold(held)
-        ids = () if wish.peek else [message.id for message in messages]
+        ids = [message.id for message in messages]
+        if wish.peek:                        # back before anyone sees that it was out
+            consumers.take_back(ids, 0)
+            ids, counts = [], [count - 1 for count in counts]
         key = secrets.randbits(KEY_BITS) if wish.lease_s else None
         if key is not None:
             self._lease_locked(consumers, key, ids, wish.lease_s)
         return Delivery(consumers.subscription.name, messages, counts, ids, key, as_lines, held)
 
-    def _choose_locked(self, consumers: Consumers, wish: Wish,
-                       messages: List[Message]) -> List[int]:
-        """Take what makes one delivery, adding it to `messages`; what is no line comes alone.
-        Return how often each was delivered, with this time."""
+    def _choose_locked(self, consumers: Consumers, wish: Wish) -> Tuple[List[Message], List[int]]:
+        """Take what makes one delivery: what is no line comes alone. Return it, and how often
+        each was delivered, with this time."""
+        messages: List[Message] = []
         counts: List[int] = []
         most, room = max(1, wish.lines), wish.max_bytes
         while len(messages) < most:
@@ -3179,33 +3155,7 @@ class Queue:
             if not lines:
                 break
             room -= sum([len(message.payload) + 1 for message in run])
-        return counts
-
-    def _peek_locked(self, consumers: Consumers, wish: Wish,
-                     messages: List[Message]) -> List[int]:
-        """As `_choose_locked`, but take nothing. What is looked at at the cursor becomes entries,
-        the same state told otherwise, as many as can be wished for."""
-        counts: List[int] = []
-        most, room, subscription = max(1, wish.lines), wish.max_bytes, consumers.subscription
-        ids = list(itertools.islice(consumers.ready.all(), most))
-        while len(ids) < most or subscription.cursor_id <= ids[-1]:
-            message = subscription.at_cursor(MIB)
-            if message is None or (len(ids) == most and message.id > ids[-1]):
-                break
-            run = subscription.run_at_cursor(message, most, NEVER)
-            ids = sorted([*ids, *[message.id for message in run]])[:most]
-            consumers.note([message.id for message in run], 0)
-            subscription.take_in(*run)
-        for id_ in ids:
-            found = self._message_locked(consumers, id_)
-            lines = lines_in([found], room) if found and wish.lines else 0
-            if found and (lines or not messages):
-                messages.append(found)
-                counts.append(consumers.entries[id_].deliveries)
-                room -= len(found.payload) + 1
-            if messages and not lines:
-                break
-        return counts
+        return messages, counts
 
     def _lease_locked(self, consumers: Consumers, key: int, ids: Sequence[int],
                       seconds: int) -> None:
@@ -3267,7 +3217,7 @@ class Queue:
         return not (waiters and is_late)
 
     @turn
-    def stop_waiting(self, subscriber: Optional[str], waiter: Waiter) -> None:
+    def stop_waiting(self, waiter: Waiter) -> None:
         """Answer a waiter with None now, unless it is answered already."""
         with self.lock:
             for consumers in self._consumers.values():
@@ -3463,15 +3413,6 @@ class Queue:
         elif ids:
             self._settle_runs_locked(consumers.subscription.name, ids)
             consumers.dead_lettered_total += 0 if expired else len(ids)
-
-    def _expel_spent_locked(self) -> None:
-        """After a start, for the limit may be a new one."""
-        for consumers in self._consumers.values():
-            spent = [entry[0] for entry in consumers.entries if entry[4] >= self._most]
-            for id_ in spent:
-                consumers.make_ready(id_)
-            consumers.out.update(spent)
-            self._expel_locked(consumers, spent)
 
     @turn
     def dead_letters(self) -> Optional[Delivery]:
@@ -3678,7 +3619,7 @@ class Queue:
                         message = subscription.at_cursor(MIB)
                         if message is None or message.offset > end:
                             break
-                        consumers.ready.add(message.id)      # first: no entry is forgotten
+                        consumers.note([message.id], 0)      # first: no entry is forgotten
                         subscription.take_in(message)
                 yield FREE_WORK_REST_S
         return True
@@ -4477,7 +4418,7 @@ def take(call: Call) -> Optional[Answer]:
     delivery = queue.take(subscriber, call.route.wish, waiter)
     if delivery or not waiter.deadline_ms:
         return answer_with(queue, delivery)
-    call.when_gone(lambda: queue.stop_waiting(subscriber, waiter))
+    call.when_gone(lambda: queue.stop_waiting(waiter))
     return None
 
 

@@ -2667,28 +2667,6 @@ class DeadlinesTest(unittest.TestCase):
         self.assertEqual((found, holds <= 1002), ([-1], True))
 
 
-class LowestFirstTest(unittest.TestCase):
-    def test_the_lowest_that_is_ready_comes_first_and_stale_pages_go_at_once(self):
-        ready, asked = set(range(0, 5000, 7)), []
-        lowest = mq.LowestFirst(lambda id_: (asked.append(id_), id_ in ready)[1],
-                                lambda id_: any(n >> 10 == id_ >> 10 for n in ready))
-        for id_ in random.Random(SEED).sample(range(5000), 5000):
-            lowest.add(id_)
-        self.assertEqual(list(lowest.all()), sorted(ready))
-        for wanted in sorted(ready)[:50]:
-            self.assertEqual(lowest.first(), wanted)
-            ready.discard(wanted)
-        ready.intersection_update(range(4096, 5000))
-        del asked[:]
-        self.assertEqual(lowest.first(), min(ready))
-        self.assertLess(len(asked), 20)      # four pages went without a look at each
-        ready.clear()
-        self.assertIsNone(lowest.first())
-        lowest.add(3)
-        ready.add(3)
-        self.assertEqual(lowest.first(), 3)
-
-
 class QueueTest(Folder):
     def test_what_comes_back_comes_back_at_its_old_place(self):
         queue = self.filled(b"a", b"b", b"c")
