@@ -3534,7 +3534,7 @@ class Queue:
             for segment in iter(self._emptiest, None):
                 yield from self._clean(segment)
                 yield from self._free_dead_segments()
-                if self.state.live.get(segment.number):      # not passed, or in use by then
+                if self.state.live.get(segment.number):      # a disk that reads now and then
                     break
         if self.owed:                        # what was freed may be enough
             yield from self.snapshot()
@@ -3580,7 +3580,7 @@ class Queue:
                 return None
             cursor = min(s.cursor for s in self.state.subscriptions.values())
             passed = [s for s in kept
-                      if (s.end >= least if s is current else s.base | s.end <= cursor)]
+                      if s.base | s.end <= cursor and (s is not current or s.end >= least)]
             best = max(passed, key=lambda s: dead(s) / s.end, default=None)
             if best is None or dead(best) < live[best.number]:
                 return None

@@ -3578,6 +3578,19 @@ class CompactionTest(Folder):
             upkeep(queue)
         self.assertLess(queue.log.size, 2000)
 
+    def test_a_full_segment_in_which_somebody_has_still_to_read_on_is_not_cleaned(self):
+        queue = self.open(subscribers=("a", "b"))
+        queue.put([b"%d" % n * 100 for n in range(10)])
+        queue.prepare()
+        for name, count in (("a", 9), ("b", 7)):
+            for _ in range(count):
+                queue.settle(queue.take(name))
+        queue.retry(queue.take("a"))         # an entry of a, which b has not come to yet
+        with small_segments():
+            upkeep(queue)
+            self.assertEqual([counts(queue, name)[0] for name in "ab"], [1, 3])
+            self.assertEqual(len(drain(queue, "b")), 3)
+
     def test_calls_and_cleaned_segments_are_counted(self):
         queue = self.filled(b"kept", *[b"x"] * 20)
         queue.take(wish=mq.Wish(lease_s=60))
