@@ -4172,7 +4172,7 @@ def parse_request(head: bytes) -> Request:
     options = {item.strip() for item in fields.get(b"connection", b"").lower().split(b",")}
     closes = b"close" in options or (old and b"keep-alive" not in options)
     return Request(
-        method=method, action=named[1] or "" if named else "*" if path == "*" else "?",
+        method=method, action=(named[1] or "") if named else "*" if path == "*" else "?",
         queue=named[2] if named else None, query=query,
         token_digest=hashlib.sha256(bearer[1]).digest() if bearer else authorization and b"",
         length=length, expects=expect is not None and length != 0,
@@ -4476,18 +4476,13 @@ def extend(call: Call) -> Answer:
 
 
 def compact(call: Call) -> None:
-    def done(error: Optional[Exception]) -> None:
-        call.finish_with(ApiError(503, f"Not compacted: {error}") if error else Answer())
-    call.broker.do(call.queue, call.queue.compact(), done, is_compaction=True)
+    call.broker.do(call.queue, call.queue.compact(), lambda error: call.finish_with(
+        ApiError(503, f"Not compacted: {error}") if error else Answer()), is_compaction=True)
 
 
 def backup(call: Call) -> None:
     headers = b"Content-Type: application/x-tar\r\n"
-
-    def done(result: Union[Stream, Exception]) -> None:
-        call.finish_with(result if isinstance(result, Exception)
-                                else Answer(200, result, headers))
-    call.broker.read(call.queue.backup, done)
+    call.broker.read(lambda: Answer(200, call.queue.backup(), headers), call.finish_with)
 
 
 def purge(call: Call) -> None:
@@ -4728,8 +4723,8 @@ Piece = Tuple[Union[bytes, memoryview], Optional[Answer]]    # an answer is at i
 
 
 class Handler(Call, http.server.BaseHTTPRequestHandler):
-    """One connection, served a share of a round at a time. Of the base nothing is used but its
-    place in the library: its methods wait for the client."""
+    """One connection, served a share of a round at a time. Of the base in the library nothing is
+    used but its place there: its methods wait for the client."""
 
     def __init__(self, request: socket.socket, client_address: Tuple[Any, ...],
                  poll: Poll) -> None:
