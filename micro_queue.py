@@ -5436,13 +5436,11 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def _raise_file_limit(max_connections: int, queue_count: int) -> int:
-    """Raise the soft limit of open files; return how many connections it allows."""
+    """Raise the soft limit of open files to the hard one, which Linux knows no infinity of;
+    return how many connections it allows."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     spare = 64 + 16 * queue_count            # segments, marks, sockets
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, max_connections + REFUSED_CONNECTIONS + spare)
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if limit > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     allowed = min(max_connections, max(1, limit - REFUSED_CONNECTIONS - spare))
     if allowed < max_connections:
         event(logging.WARNING, "max_connections_lowered", to=allowed, open_files_limit=limit)
