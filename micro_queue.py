@@ -1823,8 +1823,7 @@ class Entries:
         return self._pages[number]
 
     def __contains__(self, id_: int) -> bool:
-        page = self._pages.get(id_ >> PAGE_SHIFT)
-        return page is not None and id_ in page
+        return id_ in self._pages.get(id_ >> PAGE_SHIFT, ())
 
     def __getitem__(self, id_: int) -> Entry:
         """Raises KeyError."""
@@ -1832,8 +1831,7 @@ class Entries:
 
     def due(self, id_: int) -> Optional[int]:
         """Return when an entry's delay ends, 0 without one; None if it is none."""
-        page = self._pages.get(id_ >> PAGE_SHIFT)
-        entry = page.get(id_) if page else None
+        entry = self._pages.get(id_ >> PAGE_SHIFT, {}).get(id_)
         return None if entry is None else int.from_bytes(entry[16:24], "big")
 
     def put(self, id_: int, offset: int, due_ms: int, size: int, deliveries: int) -> None:
@@ -2096,7 +2094,7 @@ class State:
         self.held_count = self.held_bytes = 0            # by anyone
         self.live: Dict[int, int] = collections.defaultdict(int)     # of it, bytes by segment
         self.trash: List[Page] = []          # to be let go of one by one: at once would take long
-        self._slowest: Optional[Subscription] = None     # who holds most, as far as is known
+        self._slowest: Sequence[Subscription] = ()       # who holds most, as far as is known
         self.copies: Dict[int, int] = {}     # by segment, where the last copy out of it ends
 
     @property
@@ -2177,20 +2175,16 @@ class State:
         self.held_count -= len(entries)
 
     def _is_held_by_others(self, id_: int, by: Subscription) -> bool:
-        slowest = self._slowest
-        if slowest and slowest is not by and (id_ >= slowest.cursor_id or id_ in slowest.entries):
-            return True
-        for subscription in self.subscriptions.values():
-            if subscription is not by and (id_ >= subscription.cursor_id
-                                           or id_ in subscription.entries):
-                self._slowest = subscription
+        for s in itertools.chain(self._slowest, self.subscriptions.values()):
+            if s is not by and (id_ >= s.cursor_id or id_ in s.entries):
+                self._slowest = (s,)
                 return True
         return False
 
     def recount(self) -> None:
         """Count what is held, and where it stands; reads nothing, but looks at every entry."""
         self.held_count = self.held_bytes = 0
-        self.live, self._slowest = collections.defaultdict(int), None
+        self.live, self._slowest = collections.defaultdict(int), ()
         if not self.subscriptions:
             return
         lowest = min(self.subscriptions.values(), key=lambda s: s.cursor)
