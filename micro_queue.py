@@ -2067,10 +2067,9 @@ class Frozen(NamedTuple):
     head: Dict[str, Any]
     pages: List[Page]
 
-    @property
     def size(self) -> int:
-        """About how many bytes its lines have."""
-        return KIB + sum([2 * ENTRY.size * len(page) for page in self.pages])
+        """Return how many bytes its lines have, by making them."""
+        return sum(map(len, self.lines(Marks(bytes.fromhex(self.head["log_id"])))))
 
     def lines(self, marks: Marks, *, clean: bool = False) -> Iterator[bytes]:
         yield marks.head({**self.head, "clean": clean, "pages": len(self.pages)})
@@ -2258,10 +2257,9 @@ class State:
         """Have no cursor in a segment that holds nothing; it is about to go."""
         self.live.pop(number, None)
         self.copies.pop(number, None)
-        following = self.log.after(number)
         for s in self.subscriptions.values():
-            if following is not None and s.cursor >> SEGMENT_SHIFT == number:
-                s.stand_at(following, self.start_of(following >> SEGMENT_SHIFT))
+            if s.cursor >> SEGMENT_SHIFT == number:
+                s.stand_at(self.log.after(number) or self.end, self.start_of(number + 1))
 
     def settle_in(self) -> None:
         """Make good, at the end of a recovery, what the files do not hold any more, and count."""
@@ -2558,7 +2556,7 @@ class Stream:
     def _tar(self, frozen: Frozen) -> Generator[bytes, None, None]:
         try:
             log_id = self._log.codec.log_id
-            marks_bytes = sum(map(len, frozen.lines(Marks(log_id))))
+            marks_bytes = frozen.size()
             self.size = TAR_END_BYTES + sum(TAR_BLOCK_BYTES + size + -size % TAR_BLOCK_BYTES
                                             for size in (marks_bytes, *self._files.values()))
             yield b""
@@ -2835,7 +2833,7 @@ class Queue:
         try:
             work()
         except DiskFull:
-            needed = self.state.freeze().size + MIB
+            needed = self.state.freeze().size() + MIB
             raise StorageError(f"{self.log.folder}: the disk is full; free about {needed} bytes, "
                                "then start again") from None
 
