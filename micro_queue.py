@@ -1155,8 +1155,7 @@ class Log:
     def begin_anew(self, start: Start) -> None:
         """Go on in a new segment, whose start says so, durably. Raises DiskFull."""
         self.make_ready()
-        if not self.rotate(start):
-            raise DiskFull
+        self.rotate(start)
         self.sync()
 
     def remove_unused(self) -> None:
@@ -1204,23 +1203,17 @@ class Log:
             self.storage.close(self.ready.fd)
             self.ready = None
 
-    def rotate(self, start: Start) -> bool:
-        """Go on in the segment that is ready, whose first record tells where it begins. Return
-        whether there is one, and space for that record."""
+    def rotate(self, start: Start) -> None:
+        """Go on in the segment that is ready, whose first record tells where it begins. Raises
+        DiskFull if there is none, or no space for that record."""
         segment, old = self.ready, self.current
         if segment is None:
-            return False
-        data = self.codec.encode_start(start, segment.number)
-        try:
-            self._write(segment, data)
-        except DiskFull:
-            return False
+            raise DiskFull
+        self._write(segment, self.codec.encode_start(start, segment.number))
         segment.start = start
         self.segments = {**self.segments, segment.number: segment}   # who iterates has the old one
-        self.current = segment
-        self.ready = None
+        self.current, self.ready = segment, None
         self.give_back(old)
-        return True
 
     def give_back(self, segment: Segment) -> bool:
         """Have a file end behind its last record; return whether it went beyond that."""
@@ -3003,8 +2996,7 @@ class Queue:
         try:
             self.log.append(items, apply)
         except DiskFull:                     # the file alone may be: of its largest size (EFBIG)
-            if not self.log.rotate(self.state.start):
-                raise
+            self.log.rotate(self.state.start)
             self.log.append(items, apply)
         return firsts
 
@@ -3020,7 +3012,8 @@ class Queue:
             if end >= READY_BYTES and not self._is_unready:      # sooner than in a second
                 self._call_upkeep()
         elif end >= SEGMENT_BYTES and end >= self._segment_bytes():
-            self.log.rotate(self.state.start)
+            with contextlib.suppress(DiskFull):
+                self.log.rotate(self.state.start)
 
     def _segment_bytes(self) -> int:
         return min(SEGMENT_MOST_BYTES, max(SEGMENT_BYTES, self.state.held_bytes // 32))
@@ -3552,8 +3545,10 @@ class Queue:
         """Go on in a new segment; return whether there was space for one."""
         current = self.log.current
         self.prepare(at_once=True)
-        with self.lock:                      # a put may have done it meanwhile
-            return self.log.current is not current or self.log.rotate(self.state.start)
+        with self.lock, contextlib.suppress(DiskFull):
+            if self.log.current is current:          # a put may have done it meanwhile
+                self.log.rotate(self.state.start)
+        return self.log.current is not current
 
     def _dead_bytes(self, segment: Segment) -> int:
         return segment.end - EMPTY_BYTES - self.state.live.get(segment.number, 0)
