@@ -1582,11 +1582,12 @@ class Log:
         self.sync_seconds += time.perf_counter() - started
 
     def sync_marks(self) -> None:
-        """Block until all that was marked so far is on disk; raises LogFailed."""
+        """Block until all that was marked so far is on disk; raises LogFailed. A closed log has
+        nothing to sync."""
         with self._one_sync:
             if self.failure:
                 raise self.failure
-            if self.marks.synced < self.marks.end:
+            if self.marks.fd >= 0 and self.marks.synced < self.marks.end:
                 self._sync_file(self.marks)
             if self._folder_fd >= 0:         # or a power cut brings back the old marks
                 fd, self._folder_fd = self._folder_fd, -1

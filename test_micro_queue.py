@@ -1986,6 +1986,14 @@ class AppendTest(Folder):
         self.assertTrue(queue.close())
         self.queues.clear()
 
+    def test_a_closed_log_has_nothing_to_sync(self):
+        queue = self.filled(b"a", fsync="always")
+        queue.settle(queue.take())
+        queue.log.close()
+        queue.log.sync()
+        queue.log.sync_marks()
+        self.assertIsNone(queue.log.failure)
+
     def test_marks_get_the_room_ahead_of_the_data_before_they_are_owed(self):
         with unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "ext4")):
             storage = DiskOf()

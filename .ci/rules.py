@@ -306,7 +306,7 @@ def settled_before_the_folder_is_synced(run: Run) -> None:
 
 @case("a3", ("            if self._folder_fd >= 0:         # or a power cut",
              "            if self._folder_fd >= 0 and was_behind:  # or a power cut"),
-      ("            if self.marks.synced < self.marks.end:\n",
+      ("            if self.marks.fd >= 0 and self.marks.synced < self.marks.end:\n",
        "            was_behind = self.marks.synced < self.marks.end\n            if was_behind:\n"),
       pauses=RENAMED)
 def settled_before_the_rename(run: Run) -> None:
