@@ -1859,17 +1859,14 @@ class Entries:
 
     def between(self, first: int, last: int) -> List[int]:
         """Return the ids from `first` to `last`, in order."""
+        run, pages = range(first, last + 1), self._pages
         if first == last:                    # as nearly always
             return [first] if first in self else []
-        numbers: Sequence[int] = range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
-        if len(numbers) > len(self._pages):
-            numbers = sorted([number for number in self._pages if number in numbers])
-        found: List[int] = []
-        for number in numbers:
-            page, start = self._pages.get(number, {}), number << PAGE_SHIFT
-            ids = range(max(first, start), min(last + 1, start + (1 << PAGE_SHIFT)))
-            found += filter(page.__contains__, ids) if page else ()
-        return found
+        if len(run) <= 1 << PAGE_SHIFT:
+            return [id_ for id_ in run if id_ in pages.get(id_ >> PAGE_SHIFT, ())]
+        numbers = range(first >> PAGE_SHIFT, (last >> PAGE_SHIFT) + 1)
+        return sorted(id_ for number in pages if number in numbers
+                      for id_ in pages[number] if id_ in run)
 
     def stands_at(self, id_: int, offset: int) -> bool:
         return id_ in self and self[id_].offset == offset
