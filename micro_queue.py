@@ -1515,27 +1515,24 @@ class Log:
 
     def lead(self) -> None:
         """Sync until nobody waits: one sync for all whose writes ended before it began."""
-        while self.lead_once():
-            pass
-
-    def lead_once(self) -> bool:
-        """Sync and tell those whom that serves. Returns whether the caller is to go on."""
-        with self._commit:
-            waiting = list(self._followers)
-        self.sync()
-        if any(marks for _, marks, _ in waiting):
-            self.sync_marks()
-        with self._commit:
-            ready = [f for f in self._followers if f[0] <= self.durable
-                     and (not f[1] or f in waiting)]
-            self._followers = [f for f in self._followers if f not in ready]
-            self._leading = more = bool(self._followers) and self.current.fd >= 0
-        try:
-            for _, _, call in ready:
-                call()
-        except BaseException as error:       # those behind it would wait for ever
-            self.give_up(error)
-        return more
+        is_over = False
+        while not is_over:
+            with self._commit:
+                waiting = list(self._followers)
+            self.sync()
+            if any(marks for _, marks, _ in waiting):
+                self.sync_marks()
+            with self._commit:
+                ready = [f for f in self._followers if f[0] <= self.durable
+                         and (not f[1] or f in waiting)]
+                self._followers = [f for f in self._followers if f not in ready]
+                self._leading = bool(self._followers) and self.current.fd >= 0
+                is_over = not self._leading
+            try:
+                for _, _, call in ready:
+                    call()
+            except BaseException as error:   # those behind it would wait for ever
+                self.give_up(error)
 
     def wait_durable(self, number: int) -> None:
         """Block until append `number` is as durable as `fsync` asks for; raises LogFailed. Lasts
@@ -3185,7 +3182,8 @@ class Queue:
     def _serve_waiters_locked(self, consumers: Consumers, now_ms: int) -> bool:
         """Return whether all that is ready found its taker, or every waiter something."""
         waiters = consumers.waiters
-        self._expire_locked(consumers, now_ms)
+        if now_ms >= consumers.expiry_ms:
+            self._expire_locked(consumers, now_ms)
         while waiters and now_ms < consumers.expiry_ms and self._look_locked(consumers):
             waiter = next(iter(waiters.values()))
             is_gone = waiter.is_gone()
@@ -3348,7 +3346,8 @@ class Queue:
         if consumers.delayed.is_due(now_ms):
             consumers.end_delays(now_ms)
             self._touched.add(consumers.subscription.name)
-        self._expire_locked(consumers, now_ms)
+        if now_ms >= consumers.expiry_ms:
+            self._expire_locked(consumers, now_ms)
 
     def _end_leases_locked(self, consumers: Consumers, now_ms: int) -> None:
         over: List[int] = []
@@ -3365,8 +3364,6 @@ class Queue:
     def _expire_locked(self, consumers: Consumers, now_ms: int) -> None:
         """Expel what is ready and older than `ttl`: the oldest comes first. What one hold of the
         lock may not do stays due."""
-        if now_ms < consumers.expiry_ms:
-            return
         count, size = max(1, AT_ONCE // len(self._consumers)), MIB
         while now_ms >= consumers.expiry_ms and count > 0 and size > 0:
             try:
