@@ -3814,7 +3814,7 @@ class Broker:
         memory knew is on disk."""
         self._stopping.set()
         self._called.set()
-        self._wake_at(0)
+        self._wakes.put(0)                   # even if the first tick is still to come
         self._reads.put(None)
         for thread in self._threads:
             if thread.ident is not None:
