@@ -137,6 +137,8 @@ DRAIN_S = 5                      # how long a stop waits for requests under way
 MAX_LINES = 10_000               # messages of one NDJSON body: bounds the hold of the lock
 RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
 REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
+LOCK_S = 1                       # no lock of a node that hangs is given away sooner
+TAKEOVER_S = 0.1                 # how often a standby tries for the locks
 POLL_S = 1                       # how often the deadlines of connections are looked through
 POLL_EVENTS = 64                 # ready connections of one round
 PAUSE_S = 0.01                   # between two looks, or tries, of a thread that may wait
@@ -196,6 +198,7 @@ def no_memory() -> ApiError:
 # function walks them all, so that every refusal names its JSON path.
 
 FIFO = ""                        # the one subscriber of a fifo queue
+LOCK_NAME = "lock"               # the file of the data folder that the active node holds
 QUEUE_NAME = re.compile(r"[-a-zA-Z0-9]{1,50}")
 TWICE = object()                 # the value of a JSON key that came twice
 T = TypeVar("T")
@@ -382,7 +385,7 @@ def _check_named(name: str, names: Collection[str], path: str) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    for key in ("standby", "tls_cert", "tls_key"):
+    for key in ("tls_cert", "tls_key"):
         _must(not getattr(settings, key), f"settings.{key}", "is not supported yet")
     _must(settings.inflight_bytes >= 2 * settings.max_message_bytes, "settings.max_inflight_bytes",
           f"must be at least twice max_message_bytes ({settings.max_message_bytes}), or null")
@@ -393,6 +396,7 @@ def _check_queues(config: Config) -> None:
     targets = {queue.name: queue.dead_letter for queue in config.queues}
     for number, queue in enumerate(config.queues):
         path, name, seen = f"queues[{number}].dead_letter", queue.dead_letter, {queue.name}
+        _must(queue.name != LOCK_NAME, f"queues[{number}].name", "is that of the folder's lock")
         _must(config.subscribers(queue), f"queues[{number}].kind", "a broadcast queue needs a "
               f"subscriber: a token without admin that has {queue.name} in its get")
         while name is not None:
@@ -653,6 +657,11 @@ SEGMENT_NAME = re.compile(r"data\.([1-9][0-9]{0,8})\.log")
 TEMPORARY = re.compile(r"(?:data(?:\.[0-9]+)?\.log|meta\.json)\.[0-9a-f]{16}\.tmp")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ROOM_KINDS = ("ext4", "xfs", "btrfs")        # elsewhere glibc may write zeros instead
+MOUNTS = "/proc/self/mountinfo"
+LOCKLESS = ("nfs", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", "fuse.rclone", "fuse.s3fs",
+            "fuse.gcsfuse")      # without locks that end with their node; NFS 4 is "nfs4"
+LOCAL_LOCK = re.compile("nolock|local_lock=(?:all|posix)")       # a mount's options
+RECOVER_LOST_LOCKS = "/sys/module/nfs/parameters/recover_lost_locks"
 Steps = Generator[float, None, T]            # yields how long (s) to rest before the next step
 _open_logs: Set[Log] = set()     # closing a second descriptor of a file would drop the first
 _open_logs_lock = threading.Lock()           # one's lock
@@ -711,6 +720,21 @@ def leads_to(path: str, fd: int) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(os.stat(path), os.fstat(fd))
     return False
+
+
+def in_use(folder: str) -> StorageError:
+    return StorageError(f"{folder} is in use by another micro_queue; stop it first")
+
+
+def lock_file(fd: int, folder: str) -> None:
+    """Lock a file for the life of its descriptor, and of every other of the file in this process.
+    Raises StorageError at once if another process holds it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise StorageError(f"{folder} cannot be locked: {error.strerror}") from None
+        raise in_use(folder) from None
 
 
 class DiskFull(Exception):
@@ -806,7 +830,7 @@ class Log:
             while self.current.fd < 0:
                 fd = self._open_first()
                 try:
-                    self.lock_file(fd)
+                    lock_file(fd, self.folder)
                     if leads_to(self.path, fd):    # not replaced between open and lock
                         self.current = self.segments[0] = Segment(0, fd)
                         _open_logs.add(self)
@@ -816,7 +840,7 @@ class Log:
 
     def _open_first(self) -> int:
         if any(leads_to(self.path, log.segments[0].fd) for log in list(_open_logs)):
-            raise self._in_use()
+            raise in_use(self.folder)
         names = os.listdir(self.folder)
         others = [name for name in names if SEGMENT_NAME.fullmatch(name) or name == META_NAME]
         if LOG_NAME in names:
@@ -826,16 +850,6 @@ class Log:
                                "touched: restore all files of a backup, or move "
                                f"{self.folder} away")
         return self.storage.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-
-    def _in_use(self) -> StorageError:
-        return StorageError(f"{self.folder} is in use by another micro_queue; stop it first")
-
-    def lock_file(self, fd: int) -> None:
-        """Lock a file for the life of its descriptor. Raises StorageError."""
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise self._in_use() from None
 
     def prove_lock(self) -> None:
         """Make sure that the lock is still ours, or end: another node may have taken over."""
@@ -854,7 +868,7 @@ class Log:
         of the names it has by then."""
         fd = self.storage.open(paths[0], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            self.lock_file(fd)
+            lock_file(fd, self.folder)
             yield fd
         except BaseException:
             for path in paths:
@@ -872,14 +886,20 @@ class Log:
         """Open and lock every file; make a new log of an empty file, or of the Go server's.
         Return whether the log is new. Raises StorageError for what is not ours, untouched."""
         names = os.listdir(self.folder)
-        self._has_room = filesystem_of(self.folder)[1] in ROOM_KINDS
+        self._has_room = mount_of(self.folder).kind in ROOM_KINDS
         is_legacy = LegacyLog.is_under_way(self.folder)
         numbers = sorted(int(match[1]) for match in map(SEGMENT_NAME.fullmatch, names) if match)
         self.highest = max([0, *numbers])
         for number in () if is_legacy else numbers:
             segment = self.segments[number] = Segment(number, -1)
             segment.fd = self.storage.open(self.file(segment.name), os.O_RDWR)
-            self.lock_file(segment.fd)
+            try:
+                lock_file(segment.fd, self.folder)
+            except StorageError:             # of one that made it ready without our lock
+                if os.fstat(segment.fd).st_size > FIRST:
+                    raise
+                self.storage.unlink(self.file(segment.name))
+                self.storage.close(self.segments.pop(number).fd)
         codec = self._find_codec(self._open_marks())
         is_new = codec is None or is_legacy
         if codec is None or is_legacy:
@@ -1373,7 +1393,7 @@ class Log:
             marks.fd = self.storage.open(self.file(META_NAME), os.O_RDWR)
         except FileNotFoundError:
             return None
-        self.lock_file(marks.fd)
+        lock_file(marks.fd, self.folder)
         marks.end = os.fstat(marks.fd).st_size
         first = next(self._lines(), b"")
         try:
@@ -1575,8 +1595,11 @@ class Log:
         except BaseException as error:       # whatever it is: the kernel tells it only once
             self._fail("sync", error)
         file.synced = end
+        lasted_s = time.perf_counter() - started
         self.syncs += 1
-        self.sync_seconds += time.perf_counter() - started
+        self.sync_seconds += lasted_s
+        if lasted_s > LOCK_S:                # another node may have taken over meanwhile
+            self.prove_lock()
 
     def sync_marks(self) -> None:
         """Block until all that was marked so far is on disk; raises LogFailed. A closed log has
@@ -1599,16 +1622,22 @@ class Log:
 
     def missing_files(self) -> List[File]:
         """Return those of this log's files to which no name leads any more. Raises LogFailed if
-        another file has the name: its owner goes on, we cannot."""
+        another file has the name: its owner goes on, we cannot. Other marks may be those of a node
+        that lost the lock before it gave them the name: they are written again."""
         ready = self.ready                   # a rotation may take it meanwhile
         files: List[File] = [*self.segments.values(), *([ready] if ready else []), self.marks]
         missing = [file for file in files
                    if file.fd >= 0 and not leads_to(self.file(file.name), file.fd)]
         for file in missing:
-            if os.path.lexists(self.file(file.name)):
-                self.prove_lock()
+            self.prove_lock()
+            if file is not self.marks and os.path.lexists(self.file(file.name)):
                 self._fail("go on in", OSError(0, f"another file took the place of {file.name}"))
         return missing
+
+    @property
+    def owns_marks(self) -> bool:
+        """Whether the next start would read these marks."""
+        return leads_to(self.file(META_NAME), self.marks.fd)
 
     def put_back(self, segment: Segment, lock: threading.Lock) -> Steps[None]:
         """Write a segment that is not written any more again, from its descriptor."""
@@ -1649,14 +1678,42 @@ class Log:
             _open_logs.discard(self)
 
 
-def filesystem_of(path: str) -> Tuple[str, str]:
-    """Return the mount point that a path is on, and its kind; empty where nobody tells."""
+class Mount(NamedTuple):
+    """Where a file system is mounted, what kind it is of, and how."""
+
+    point: str = ""
+    kind: str = ""
+    options: Sequence[str] = ()
+
+
+def mount_of(path: str) -> Mount:
+    """Return the mount that a path is on; an empty one where nobody tells."""
     real = os.path.realpath(path) + "/"
-    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8") as file:
-        mounts = [line.split()[1:3] for line in file]
-        return max(((point, kind) for point, kind in mounts
-                    if real.startswith(point.rstrip("/") + "/")), key=lambda m: len(m[0]))
-    return "", ""
+    found = Mount()
+    with contextlib.suppress(OSError), open(MOUNTS, encoding="utf-8") as file:
+        for line in file:
+            before, _, behind = line.partition(" - ")
+            point, options = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)),
+                                    before.split()[4]), before.split()[5]
+            kind, _, more = behind.split(" ", 2)
+            # Of several on one point the last one is seen.
+            if real.startswith(point.rstrip("/") + "/") and len(point) >= len(found.point):
+                found = Mount(point, kind, f"{options},{more.strip()}".split(","))
+    return found
+
+
+def why_no_standby(path: str) -> Optional[str]:
+    """Return why a node may not wait for the locks of this folder: they are known to one node only,
+    or stay for ever where one is gone. None if nothing speaks against it."""
+    mount = mount_of(path)
+    local = [option for option in mount.options if LOCAL_LOCK.fullmatch(option)]
+    if mount.kind in LOCKLESS or local:
+        what = " ".join([mount.kind, *local])
+        return f"{mount.point} is {what}: its locks hold on one node only, or for ever"
+    with contextlib.suppress(OSError), open(RECOVER_LOST_LOCKS, encoding="ascii") as file:
+        if mount.kind == "nfs4" and file.read().strip() in ("Y", "1"):
+            return f"{RECOVER_LOST_LOCKS} is set: a lock that was lost would come back unnoticed"
+    return None
 
 
 class LegacyLog:
@@ -3691,7 +3748,7 @@ def _runs(ids: Collection[int]) -> List[List[int]]:
 # ---- Broker -------------------------------------------------------------------------------
 # All queues and tokens, and the threads that keep them: nothing here knows HTTP.
 
-DRAINING, RECOVERING = "draining", "recovering"
+DRAINING, RECOVERING, STANDBY = "draining", "recovering", "standby"
 UPKEEP_S = 1                     # how often syncs are made that nobody waits for
 
 
@@ -3758,7 +3815,8 @@ class Broker:
                  clock: Optional[Clock] = None) -> None:
         settings = config.settings
         self.config = config
-        self.unready: Optional[str] = RECOVERING
+        self.unready: Optional[str] = STANDBY if settings.standby else RECOVERING
+        self._lock_fd = -1
         self.tokens = {token.digest: token for token in config.tokens}
         self.space = Space(settings.path, settings.min_free_bytes)
         self.budget = Budget(settings.inflight_bytes, settings.max_message_bytes,
@@ -3788,14 +3846,27 @@ class Broker:
                          for work in (self._timers, self._upkeep, self._mover, self._reader)]
 
     def lock(self) -> None:
-        """Lock every queue's folder, in sorted order; all or none. Raises StorageError."""
+        """Lock the folder, so that no two configs serve on it, then each queue's, in sorted order;
+        all or none. Makes no more than the file of that lock while another holds it. Raises
+        StorageError, OSError."""
+        path = self.config.settings.path
+        if not self.config.settings.standby:     # which would take a missing mount for a new folder
+            Storage().make_folder(path)
+        self._lock_fd = os.open(os.path.join(path, LOCK_NAME), os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            lock_file(self._lock_fd, path)
             for _, queue in sorted(self.queues.items()):
                 queue.log.lock()
         except (StorageError, OSError):
-            for queue in self.queues.values():
-                queue.log.close()
+            self._unlock()
             raise
+
+    def _unlock(self) -> None:
+        for queue in self.queues.values():
+            queue.log.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def recover(self) -> None:
         """Recover every queue and start the threads. Raises StorageError, OSError."""
@@ -3821,7 +3892,8 @@ class Broker:
                 thread.join()
         for job in self._jobs:
             job.steps.close()
-        clean = [queue.close() for queue in self.queues.values()]
+        clean = [queue.close() for queue in self.queues.values() if queue.log.current.fd >= 0]
+        self._unlock()
         return all(clean)
 
     def do(self, queue: Queue, steps: Steps[object],
@@ -4474,16 +4546,23 @@ def purge(call: Call) -> None:
         owed = ApiError(503, "Dropped, but the disk has no space to note it: a restart brings it "
                              "back; free some space, purge again") if queue.owed else None
         call.finish_with(owed or failure or Answer(200, b"%d\n" % count, TEXT))
-    if queue.owed:                           # upkeep frees what was dropped, and writes it down
-        call.broker.do(queue, queue.upkeep(), done)
+
+    def check() -> None:
+        if queue.owed or not queue.log.owns_marks:       # upkeep writes it down
+            call.broker.do(queue, queue.upkeep(), done)
+        else:
+            done()
+    if queue.owed:                           # it frees what was dropped, too
+        check()
     else:
-        queue.when_durable(queue.log.appends, done, marks=True)
+        queue.when_durable(queue.log.appends, check, marks=True)
 
 
 def show_stats(call: Call) -> Answer:
     """Tell of one queue, or of all that the token may use."""
     token, only = call.route.token, call.route.queue
-    stats = {name: queue.numbers() for name, queue in call.broker.queues.items()
+    served = {} if call.broker.unready else call.broker.queues
+    stats = {name: queue.numbers() for name, queue in served.items()
              if token and token.may("any", name) and only in (None, queue)}
     for numbers in stats.values():
         if FIFO in numbers["subscribers"]:   # who is the only one
@@ -4575,8 +4654,8 @@ def lead(call: Call, head: bytes, routes: Dict[bytes, Route]) -> None:
                 del routes[next(iter(routes))]
             routes[digest] = route
     call.route = route
-    if route.action.permission and call.broker.unready:
-        raise unready(call.broker.unready)
+    if route.action.permission:
+        check_ready(call.broker, route.action, route.queue)
 
 
 def find_route(call: Call) -> Route:
@@ -4634,11 +4713,16 @@ def unready(reason: str) -> ApiError:
     return ApiError(503, f"Not ready: {reason}; try again")
 
 
+def check_ready(broker: Broker, action: Optional[Action], queue: object) -> None:
+    """Refuse what is about queues while none is served; /stats tells that there are none."""
+    if broker.unready and not (action and action.permission == "any" and queue is None):
+        raise unready(broker.unready)
+
+
 def authorize(call: Call, action: Optional[Action]) -> Route:
     """Return the request's token, the queue that it may use for this action, and as whom."""
     request, broker = call.route.request, call.broker
-    if broker.unready:
-        raise unready(broker.unready)
+    check_ready(broker, action, request.queue)
     token = broker.tokens.get(request.token_digest or b"")
     if token is None:
         reason = ("Missing Authorization header" if request.token_digest is None else
@@ -5467,22 +5551,29 @@ def run(config: Config) -> int:
     threading.stack_size(THREAD_STACK_BYTES)
     # Before the first thread starts: one that got the signal would not wake this one.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    path, standby = config.settings.path, config.settings.standby
+    reason = why_no_standby(path) if standby else None
+    if reason:
+        raise ConfigError(f"settings.standby: {reason}")
     broker = Broker(config, Server.storage_failed)
-    broker.lock()
-    path = config.settings.path
-    if filesystem_of(path)[1] == "tmpfs" or os.path.realpath(path).startswith("/tmp/"):
+    if not standby:
+        broker.lock()
+    if mount_of(path).kind == "tmpfs" or os.path.realpath(path).startswith("/tmp/"):
         event(logging.WARNING, "path_is_temporary", path=path,
               advice="a reboot or a cleaner of /tmp removes it")
     server = Server(broker)
     try:
         server.start()
+        if standby and not stand_by(broker):
+            server.drain()
+            return 0
         broker.recover()
     except RuntimeError as error:            # what threading raises for want of a thread
         raise OSError(f"cannot start: {error}") from error
     host, port = server.server_address[:2]
     event(logging.INFO, "serving", address=host, port=port, path=path, version=__version__)
-    while signal.sigwait(SIGNALS) == signal.SIGHUP:
-        event(logging.WARNING, "no_reload", advice="restart to use a changed config")
+    while not asked_to_stop(MAX_SLEEP_MS / 1000):
+        pass
     event(logging.INFO, "draining")
     if not server.drain():
         event(logging.ERROR, "marks_owed", advice="the disk is full: some messages that were "
@@ -5490,6 +5581,31 @@ def run(config: Config) -> int:
         return 4
     event(logging.INFO, "stopped")
     return 0
+
+
+def stand_by(broker: Broker) -> bool:
+    """Wait until all locks are ours; return False if a stop was asked for before."""
+    known = ""
+    while True:
+        try:
+            broker.lock()
+            broker.unready = RECOVERING
+            event(logging.INFO, "takes_over", path=broker.config.settings.path)
+            return True
+        except (StorageError, OSError) as error:
+            if str(error) != known:
+                event(logging.INFO, "standby", reason=error)
+            known = str(error)
+        if asked_to_stop(TAKEOVER_S):
+            return False
+
+
+def asked_to_stop(seconds: float) -> bool:
+    """Wait for a signal; return whether one to stop came."""
+    found = signal.sigtimedwait(SIGNALS, seconds)
+    if found and found.si_signo == signal.SIGHUP:
+        event(logging.WARNING, "no_reload", advice="restart to use a changed config")
+    return found is not None and found.si_signo != signal.SIGHUP
 
 
 if __name__ == "__main__":

@@ -996,7 +996,7 @@ class ConfigTest(unittest.TestCase):
             (lambda c: c["queues"][0].update(kind="topic"), "queues[0].kind"),
             (lambda c: (c["queues"][0].update(kind="broadcast"), c["tokens"].pop(1)),
              "queues[0].kind", "subscriber"),
-            (lambda c: c["settings"].update(standby=True), "settings.standby"),
+            (lambda c: c["queues"][0].update(name="lock"), "queues[0].name"),
             (lambda c: c["tokens"][1].update(get=["nope"]), "tokens[1].get[0]"),
             (lambda c: c["tokens"][1].update(get="fetcher"), "tokens[1].get"),
             (lambda c: c["tokens"][1].update(token="short"), "tokens[1].token"),
@@ -1995,7 +1995,7 @@ class AppendTest(Folder):
         self.assertIsNone(queue.log.failure)
 
     def test_marks_get_the_room_ahead_of_the_data_before_they_are_owed(self):
-        with unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "ext4")):
+        with unittest.mock.patch.object(mq, "mount_of", lambda _: mq.Mount("/", "ext4")):
             storage = DiskOf()
             queue = self.filled(*[b"x"] * 200, storage=storage)
             storage.left = 0
@@ -2007,7 +2007,7 @@ class AppendTest(Folder):
                              queue.log.current.end)
 
     def test_a_purge_works_with_no_byte_free(self):
-        patch = unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "other"))
+        patch = unittest.mock.patch.object(mq, "mount_of", lambda _: mq.Mount("/", "other"))
         patch.start()                        # no room ahead of the data that marks could have
         self.addCleanup(patch.stop)
         storage = DiskOf()
@@ -2040,7 +2040,7 @@ class AppendTest(Folder):
             self.assertEqual(payloads(queue), [b"2" * 2000])
 
     def test_a_start_that_finds_no_space_says_how_much_it_needs_and_loses_nothing(self):
-        patch = unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "other"))
+        patch = unittest.mock.patch.object(mq, "mount_of", lambda _: mq.Mount("/", "other"))
         patch.start()                        # no room ahead that a start could give back
         self.addCleanup(patch.stop)
         storage = DiskOf()
@@ -2056,7 +2056,7 @@ class AppendTest(Folder):
         self.assertEqual(payloads(self.open(storage=storage)), [b"a", b"b"])
 
     def test_a_start_gives_back_the_room_it_kept_before_it_says_that_the_disk_is_full(self):
-        with unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "ext4")):
+        with unittest.mock.patch.object(mq, "mount_of", lambda _: mq.Mount("/", "ext4")):
             storage = DiskOf()
             self.filled(b"a", storage=storage)
             self.drop()
@@ -2065,7 +2065,7 @@ class AppendTest(Folder):
             self.assertEqual(payloads(self.open(storage=storage)), [b"a"])
 
     def test_room_ahead_is_given_back_at_a_seal_at_a_stop_and_to_a_full_disk(self):
-        with unittest.mock.patch.object(mq, "filesystem_of", lambda _: ("/", "ext4")), \
+        with unittest.mock.patch.object(mq, "mount_of", lambda _: mq.Mount("/", "ext4")), \
                 small_segments():
             storage = DiskOf()
             queue = self.filled(b"x" * 400, storage=storage)
@@ -2556,7 +2556,7 @@ class SegmentTest(Folder):
         self.assertEqual(len(payloads(self.crash())), 4)
 
     def test_a_name_that_another_file_took_is_the_end_and_that_file_is_left_alone(self):
-        for name in ("data.log", "meta.json", "data.1.log"):
+        for name in ("data.log", "data.1.log"):
             queue = self.spread(3)
             self.assertIn(name, self.files())
             os.rename(self.file(name), self.file("aside"))
@@ -4915,7 +4915,7 @@ class CrashStateTest(Folder):
         self.tried = 0
         self.kind = ROOM_OR_NOT[0]
         small = unittest.mock.patch.multiple(
-            mq, **TINY, filesystem_of=lambda path: ("/", self.kind))
+            mq, **TINY, mount_of=lambda path: mq.Mount("/", self.kind))
         small.start()
         self.addCleanup(small.stop)
 
@@ -7977,6 +7977,148 @@ class ProcessTest(Processes):
         server.kill()
         again = self.start(settings={"min_free_bytes": 65536}).ask("GET", "/out/fetcher")
         self.assertEqual(again.body, b"again")
+
+
+class StandbyTest(Processes):
+    """Two nodes on one folder, each a process that may take over."""
+
+    def node(self, number, **options):
+        options = {"settings": {"standby": True, "metric_exporter": True}, **options}
+        node = ServerProcess(self.folder(f"node{number}"), self.folder("data"), **options)
+        self.addCleanup(node.kill)
+        return node
+
+    def pair(self):
+        os.makedirs(self.folder("data"))
+        active = self.node(1).wait_ready()
+        standby = self.node(2)
+        eventually(lambda: "standby reason=" in standby.stderr())
+        return active, standby
+
+    def test_a_standby_says_so_and_serves_once_the_other_is_killed(self):
+        active, standby = self.pair()
+        for number in range(100):
+            active.ask("POST", "/in/fetcher", b"%d" % number)
+        told = active.ask("GET", "/out/fetcher?lease=60")
+        for path, status, text in (
+                ("/healthz", 200, b"running"), ("/readyz", 503, b"Not ready: standby"),
+                ("/in/fetcher", 503, b"standby"), ("/stats", 200, b"{}"),
+                ("/stats/fetcher", 503, b"standby"), ("/nothing", 503, b"standby"),
+                ("/metrics", 200, b"oxl_micro_queue_active 0\n")):
+            answer = standby.ask("POST" if path == "/in/fetcher" else "GET", path, b"x"
+                                 if path == "/in/fetcher" else b"")
+            self.assertEqual(answer.status, status, path)
+            self.assertIn(text, answer.body)
+        self.assertEqual(standby.ask("GET", "/stats", token="none" * 9).status, 401)
+        active.kill()
+        started = time.monotonic()
+        standby.wait_ready()
+        self.assertLess(time.monotonic() - started, START_S)
+        self.assertIn(b"oxl_micro_queue_active 1\n", standby.ask("GET", "/metrics").body)
+        self.assertEqual(standby.ask("POST", f"/ack/fetcher?lease={told.headers['Lease-Id']}"
+                                     ).status, 410)    # leases end with their node
+        found = [standby.ask("GET", "/out/fetcher") for _ in range(100)]
+        self.assertEqual([int(answer.body) for answer in found], list(range(100)))
+        for node in (active, standby):
+            node.check_log()
+
+    def test_a_stop_of_the_active_one_hands_over_and_it_waits_in_turn(self):
+        active, standby = self.pair()
+        for number in range(3):
+            active.ask("POST", "/in/fetcher", b"%d" % number)
+            self.assertEqual(active.stop(), 0)
+            standby.wait_ready()
+            self.assertEqual(standby.ask("GET", "/out/fetcher").body, b"%d" % number)
+            self.assertIn("scanned_bytes=0", standby.stderr())
+            active, standby = standby, self.node(1)
+
+    def test_a_standby_stops_at_once_with_nothing_made_or_changed(self):
+        path = self.folder("data")
+        node = self.node(1)                  # the folder is missing: as if it was not mounted
+        eventually(lambda: "standby reason=" in node.stderr())
+        self.assertEqual(node.stop(), 0)
+        self.assertFalse(os.path.exists(path))
+        active, standby = self.pair()
+        standby.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "no_reload" in standby.stderr())
+        before = {name: os.listdir(os.path.join(path, name)) for name in sorted(os.listdir(path))
+                  if name != "lock"}
+        self.assertEqual(standby.stop(), 0)
+        self.assertEqual({name: os.listdir(os.path.join(path, name)) for name in before}, before)
+        self.assertEqual(active.ask("GET", "/readyz").status, 200)
+
+    def test_two_configs_with_different_queues_never_serve_one_folder(self):
+        def other(config):
+            config["queues"] = [{"name": "other"}]
+            config["tokens"] = [{"name": "a", "token": ADMIN, "admin": True}]
+        self.pair()
+        eager = self.node(3, settings={}, change=other)
+        self.assertEqual(eager.wait_end(), 3)
+        self.assertIn("in use by another micro_queue", eager.stderr())
+        self.assertEqual(eager.stderr().count("\n"), 1)
+        self.assertFalse(os.path.exists(self.folder("data/other")))
+
+    def test_who_lost_its_marks_to_another_file_writes_them_again(self):
+        queue = self.open()
+        queue.put([b"a"])
+        queue.settle(queue.take())
+        shutil.copy(self.folder("q/meta.json"), self.folder("q/late"))
+        os.rename(self.folder("q/late"), self.folder("q/meta.json"))     # a late rename
+        self.assertFalse(queue.log.owns_marks)
+        upkeep(queue)
+        self.assertTrue(queue.log.owns_marks)
+        self.assertEqual(payloads(self.crash()), [])
+
+    def test_a_sync_that_hung_is_answered_only_if_the_lock_is_still_ours(self):
+        queue = self.open(fsync="always")
+        lost = OSError(errno.EBADFD, "File descriptor in bad state")
+        with unittest.mock.patch.object(mq, "LOCK_S", -1):
+            queue.put([b"a"])                # it is
+            with unittest.mock.patch.object(mq.fcntl, "lockf", side_effect=lost), \
+                    self.assertRaisesRegex(mq.LogFailed, "cannot keep the lock of .*bad state"):
+                queue.put([b"b"])
+
+    def test_a_segment_that_a_node_without_the_lock_made_ready_is_removed(self):
+        queue = self.filled(b"a")
+        header = queue.log.codec.header(7)
+        self.drop()
+        path = self.folder("q/data.7.log")
+        with open(path, "wb") as file:
+            file.write(header)
+        code = f"import fcntl, time; f = open({path!r}, 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
+        holder = subprocess.Popen([sys.executable, "-c", code + "print(1, flush=True)\n"
+                                   "time.sleep(60)"], stdout=subprocess.PIPE)
+        self.addCleanup(holder.stdout.close)
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        holder.stdout.readline()
+        queue = self.open()
+        self.assertEqual(payloads(queue), [b"a"])
+        self.assertFalse(os.path.exists(path))
+        self.assertGreater(queue.log.current.number, 7)
+
+    def test_where_locks_are_known_to_one_node_only_a_standby_is_refused(self):
+        table = ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+                 "23 22 0:41 / {} rw,relatime shared:1 - {} host:/x {}\n")
+        for kind, options, fits in (
+                ("ext4", "rw", True), ("fuse.glusterfs", "rw", True), ("ceph", "rw", True),
+                ("nfs4", "rw,vers=4.2,local_lock=none", True), ("nfs", "rw,vers=3", False),
+                ("nfs4", "rw,local_lock=all", False), ("nfs4", "rw,local_lock=posix", False),
+                ("nfs4", "rw,local_lock=flock", True), ("nfs4", "rw,nolock", False),
+                ("cifs", "rw", False), ("fuse.sshfs", "rw", False)):
+            with open(self.folder("mounts"), "w", encoding="ascii") as file:
+                file.write(table.format(self.base.replace(" ", "\\040"), kind, options))
+            with unittest.mock.patch.object(mq, "MOUNTS", self.folder("mounts")):
+                self.assertEqual(mq.mount_of(self.base).kind, kind)
+                reason = mq.why_no_standby(self.base)
+            self.assertEqual(reason is None, fits, (kind, options))
+        lost = self.folder("recover_lost_locks")
+        for text, fits in (("Y\n", False), ("N\n", True)):
+            with open(lost, "w", encoding="ascii") as file:
+                file.write(text)
+            with unittest.mock.patch.multiple(mq, RECOVER_LOST_LOCKS=lost, mount_of=lambda _:
+                                              mq.Mount("/", "nfs4", ("rw",))):
+                self.assertEqual(mq.why_no_standby("/") is None, fits)
 
 
 class KitTest(Processes):

@@ -59,6 +59,8 @@ RULES = {
     "e2": "... that was frozen after the last copy",
     "f1": "a start behind no clean stop goes on in a new segment, whose start says so",
     "f2": "where a segment's name is taken, the next number is",
+    "f3": "a file that was made is used only if the lock was proven after its own lock",
+    "f4": "temporary files have names of their own, and a start removes them",
     "f6": "the number of a ready segment that a start removed is not used again",
     "g1": "ids are given at the write; a purge ends the round first",
     "r1": "an entry whose record is gone was settled",
@@ -145,6 +147,25 @@ class Disk(FakeStorage):
         return left
 
 
+class Fenced:
+    """The disk of a node that lost its locks: what it had locked fails, names and new files do
+    not."""
+
+    def __init__(self, disk: Disk, queue: Any) -> None:
+        self._disk = disk
+        self._lost = {file.fd for file in (*queue.log.segments.values(), queue.log.marks)}
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._disk, name)
+
+        def fenced(*arguments: Any) -> Any:
+            fd = getattr(arguments[0], "fd", arguments[0]) if arguments else None
+            if fd in self._lost and name != "close":
+                raise OSError(errno.EBADFD, "File descriptor in bad state")
+            return call(*arguments)
+        return fenced
+
+
 class Run:
     """One story: a queue that is started, ended and started again in the folders of `base`."""
 
@@ -175,6 +196,15 @@ class Run:
         queue.log.lock()
         queue.recover()
         return queue
+
+    def lose_the_lock(self, queue: Any) -> None:
+        """The locks of a node are given away, and it does not know."""
+        queue.log.storage = Fenced(self.disk, queue)
+
+        def not_proven() -> None:
+            queue.log._fail("keep the lock of", OSError(errno.EBADFD, "in bad state"))
+        queue.log.prove_lock = not_proven
+        self.mq._open_logs.clear()           # the other node is a process of its own
 
     def cut(self, *reached: str, left: Optional[Dict[str, bytes]] = None) -> None:
         """The power goes. The next start finds what was synced, and what `reached` the disk
@@ -599,6 +629,87 @@ def taken_before_the_round_ends(run: Run) -> None:
     run.waits()
     queue.flush()
     run.waits(b"m1")
+
+
+@case("f3", ("                    self.write_first(segment, None)\n"
+             "                    self.prove_lock()\n",
+             "                    self.write_first(segment, None)\n"))
+def a_segment_made_without_the_lock(run: Run) -> None:
+    """A node has just made a segment when it hangs and loses its locks; another one takes over,
+    and removes what holds no message. The first one goes on: the new file is its own, so that it
+    can lock it, go on in it and answer, for a message that nobody will find."""
+    old, told = run.start(), []
+    run.put(LARGE)
+    real = run.disk.open
+
+    def late(path: str, *arguments: int) -> int:
+        run.disk.open = real
+        fd: int = real(path, *arguments)
+        run.lose_the_lock(old)
+        run.start()
+        run.put(b"m2")
+        return fd
+    run.disk.open = late
+    with contextlib.suppress(run.mq.LogFailed):
+        old.log.make_ready()
+        old.log.rotate(old.state.start)
+        old.put([b"late"])
+        told.append(b"late")
+    run.kill()
+    run.start()
+    run.waits(LARGE, b"m2", *told)
+
+
+@case("f3", ("                self.prove_lock()\n                self.storage.rename(path,",
+             "                self.storage.rename(path,"))
+def marks_made_without_the_lock(run: Run) -> None:
+    """A node lost its locks, and another one serves, where a message is settled. Now the old one
+    writes a snapshot: the file is new, its own and locked. If that got the name, the message would
+    be back, were the new node killed before it looks."""
+    old = run.start()
+    run.put(b"m1")
+    run.put(b"m2")
+    run.lose_the_lock(old)
+    queue = run.start()
+    run.take()
+    queue.log.sync_marks()
+    with contextlib.suppress(run.mq.LogFailed):
+        snapshot(old)
+    run.kill()
+    run.start()
+    run.waits(b"m2")
+
+
+@case("f4", ('        return f"{self.file(name)}.{secrets.token_hex(8)}.tmp"',
+             '        return f"{self.file(name)}.{\'0\' * 16}.tmp"'))
+def a_rename_that_comes_late(run: Run) -> None:
+    """A node has just proven its lock, and is about to rename its new marks, when it hangs;
+    another one takes over, and writes marks of its own. Were they of the same name, the old
+    node's rename would give it to them before they are whole."""
+    old = run.start()
+    for number in b"123":
+        run.put(b"m%c" % number)
+    run.mq.SNAPSHOT_WORK_S = 0
+    rename = run.disk.rename
+
+    def late(source: str, target: str) -> None:
+        run.disk.rename = rename
+        run.lose_the_lock(old)
+        queue = run.start()
+        run.take()
+        run.lease()
+        queue.log.sync_marks()
+        steps = queue.snapshot()
+        next(steps)                          # one line of it
+        try:
+            rename(source, target)
+        finally:
+            run.kill()
+    run.disk.rename = late
+    with contextlib.suppress(run.mq.LogFailed):
+        snapshot(old)
+    run.start()
+    run.waits(b"m2", b"m3")
 
 
 @case("g1", ("        self.flush()                         # what was put before",
