@@ -15,6 +15,8 @@ What it does not guarantee
     Exactly-once delivery: a kill between an answer and its note in the log, or a power cut
     soon after it, delivers that message again. Without a lease, sent is not received.
 
+A second node with `"standby": true` on the same folder waits for its locks, and takes over.
+
 Storage, in `<path>/<queue>/`: messages in segments, `data.log`, `data.1.log`, ..., each written
 once; progress in marks, `meta.json`. Space comes back by deleting a segment that nobody needs.
 
