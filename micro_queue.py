@@ -3980,6 +3980,8 @@ class Broker:
         self._watch_space()
         busy = {job.queue for job in self._jobs}
         for queue in self.queues.values():
+            if self.config.settings.standby:     # who lost it may have nothing to write
+                queue.log.prove_lock()
             if queue.log.fsync == "everysec":
                 queue.log.sync()
             if queue.log.fsync != "no":
@@ -5566,16 +5568,14 @@ def run(config: Config) -> int:
     server = Server(broker)
     try:
         server.start()
-        if standby and not stand_by(broker):
-            server.drain()
-            return 0
-        broker.recover()
+        if not standby or stand_by(broker):
+            broker.recover()
+            event(logging.INFO, "serving", address=server.server_address[0],
+                  port=server.server_address[1], path=path, version=__version__)
+            while not asked_to_stop(MAX_SLEEP_MS / 1000):
+                pass
     except RuntimeError as error:            # what threading raises for want of a thread
         raise OSError(f"cannot start: {error}") from error
-    host, port = server.server_address[:2]
-    event(logging.INFO, "serving", address=host, port=port, path=path, version=__version__)
-    while not asked_to_stop(MAX_SLEEP_MS / 1000):
-        pass
     event(logging.INFO, "draining")
     if not server.drain():
         event(logging.ERROR, "marks_owed", advice="the disk is full: some messages that were "
