@@ -4378,6 +4378,17 @@ class Call:
         assert self.route.subscriber is not None     # authorize saw to it
         return self.route.subscriber
 
+    def late(self, make: Callable[[T], Answer]) -> Callable[[Union[T, Exception]], None]:
+        """Return what is to be called with the result, once it is there: the answer is what is
+        made of it, or what went wrong."""
+        def done(result: Union[T, Exception]) -> None:
+            try:
+                answer = result if isinstance(result, Exception) else make(result)
+            except Exception as error:
+                answer = error
+            self.finish_with(answer)
+        return done
+
     def number(self, parameter: str) -> int:
         """Return a parameter's value, 0 if it is not given."""
         return self.route.parameters.get(parameter, 0)
@@ -4441,13 +4452,9 @@ def put(call: Call) -> Optional[Answer]:
     if not payloads or not payloads[0]:
         raise ApiError(400, "A message must not be empty; send it as the request's body")
 
-    def done(result: Union[int, Exception]) -> None:
-        if isinstance(result, Exception):
-            call.finish_with(result)
-        else:
-            count = b"Message-Count: %d\r\n" % len(payloads) if lines else b""
-            finish(call, lambda: Answer(headers=b"Message-Id: %d\r\n%b" % (result, count)))
-    call.queue.stage(Put(payloads, call.number("delay"), done))
+    count = b"Message-Count: %d\r\n" % len(payloads) if lines else b""
+    call.queue.stage(Put(payloads, call.number("delay"), call.late(
+        lambda first: Answer(headers=b"Message-Id: %d\r\n%b" % (first, count)))))
     return None
 
 
@@ -4467,26 +4474,17 @@ def take(call: Call) -> Optional[Answer]:
     if wait_s and call.is_gone():
         return answer_with(queue, None)
 
-    def answer(delivery: Optional[Delivery]) -> None:
-        draining = delivery is None and call.broker.unready
-        finish(call, lambda: error_answer(unready(draining)) if draining
-               else answer_with(queue, delivery))
+    def answer(delivery: Optional[Delivery]) -> Answer:
+        if delivery is None and call.broker.unready:
+            raise unready(call.broker.unready)
+        return answer_with(queue, delivery)
 
-    waiter = Waiter(call.route.wish, wait_s, answer, call.is_gone)
+    waiter = Waiter(call.route.wish, wait_s, call.late(answer), call.is_gone)
     delivery = queue.take(subscriber, call.route.wish, waiter)
     if delivery or not waiter.deadline_ms:
         return answer_with(queue, delivery)
     call.when_gone(lambda: queue.stop_waiting(waiter))
     return None
-
-
-def finish(call: Call, make: Callable[[], Answer]) -> None:
-    """Give a late answer, or what went wrong when it was made."""
-    try:
-        answer: Union[Answer, Exception] = make()
-    except Exception as error:
-        answer = error
-    call.finish_with(answer)
 
 
 def answer_with(queue: Queue, delivery: Optional[Delivery]) -> Answer:
