@@ -5540,16 +5540,15 @@ class CrashStateTest(Folder):
         for scenario, kind in itertools.product(scenarios, ROOM_OR_NOT):
             with self.subTest(scenario=scenario.__name__, file_system=kind):
                 self.tried, self.kind = 0, kind
-                fault = self.faults_of(scenario, math.inf if TORTURE else WANTED,
-                                       nested=0.1 if TORTURE else 0.02)
+                fault = self.faults_of(scenario, 3000 if TORTURE else WANTED, nested=0.02)
                 self.assertIsNone(fault)
                 self.assertGreater(self.tried, WANTED / 10)
 
     def test_no_power_cut_after_a_random_run_does_either(self):
-        for run in range(100 if TORTURE else 6):
+        for run in range(60 if TORTURE else 6):
             with self.subTest(run=run):
                 self.kind = ROOM_OR_NOT[run % 2]
-                self.assertIsNone(self.faults_of(self.random_run, 3000 if TORTURE else WANTED))
+                self.assertIsNone(self.faults_of(self.random_run, 1500 if TORTURE else WANTED))
 
     # Controls: the same without one of the means, which must then be missed.
 

@@ -50,10 +50,10 @@ from test_micro_queue import (  # noqa: E402
 KILLS_DIR = os.environ.get("KILLS_DIR", "/dev/shm" if os.path.isdir("/dev/shm") else None)
 HOUR_S, DAY_MS = 3600, 86_400_000
 TIMEOUT_S = 60                   # a worker or server that hangs for so long is a fault
-SAMPLE, SAMPLE_LONG = 2, 6       # calls of a name that are harmed, in a scenario
+SAMPLE, SAMPLE_LONG = 2, 3       # calls of a name that are harmed, in a scenario
 ERRORS_SHORT = 6                 # kinds of errors that the short mode makes, once a scenario
 NESTED, NESTED_LONG = 1, 2       # first kills, of a scenario, whose recovery is killed too,
-AGAIN, AGAIN_LONG = 4, 30        # at so many calls
+AGAIN, AGAIN_LONG = 4, 12        # at so many calls
 GAVE_UP, FAILED = 3, 4           # exit codes, as the server's
 
 WITH_ROOM = mq.ROOM_KINDS
