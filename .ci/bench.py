@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import http.client
 import http.server
 import json
 import os
@@ -63,6 +64,7 @@ PATHS = {"put": f"/in/{QUEUE}", "take": f"/out/{QUEUE}", "mix": "/", "lease": "/
 EMPTY = 404                                  # what a take of an empty queue is answered
 MIB = 1 << 20
 START_TIMEOUT_S = 120
+QUIET_S = 2                                  # before and after an upgrade
 Result = TypeVar("Result")
 
 PUT_REQUEST = request("POST", PATHS["put"], MESSAGE, POST)
@@ -682,6 +684,99 @@ def start_rows(bench: Bench) -> List[Row]:
     return [killed, delayed, clean]
 
 
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 100ms
+    timeout client 60s
+    timeout server 60s
+    retries 30
+    option redispatch 1
+    retry-on conn-failure
+    option httpchk GET /readyz
+    http-check expect status 200
+    default-server check inter 100ms rise 1 fall 1 on-marked-down shutdown-sessions
+listen nodes
+    bind 127.0.0.1:{}
+    server n1 127.0.0.1:{}
+    server n2 127.0.0.1:{}
+"""
+
+
+def upgrade_rows(bench: Bench) -> List[Row]:
+    """Two nodes on one folder behind a proxy, with 10,000 messages waiting; the active one is
+    stopped, as for an upgrade, while clients put."""
+    need("haproxy")
+    silent, latest = (Row(f"an upgrade of one of two nodes, {what}", limit, [], "{:.0f} ms",
+                          at_least=False)
+                      for what, limit in (("longest time without a 200", 500),
+                                          ("latest answer without an upgrade", 100)))
+    for number in range(bench.rounds):
+        path, ports = bench.new_folder(), [free_port() for _ in range(3)]
+        active, standby = (ServerProcess(f"{path}-n{port}", path, settings={
+            "standby": True, "listen_port": port}) for port in ports[1:])
+        eventually(lambda active=active, standby=standby: any(map(serves, (active, standby))))
+        if serves(standby):
+            active, standby = standby, active
+        put_batches(active, 10_000)
+        config = os.path.join(bench.folder, f"haproxy{number}.cfg")
+        with open(config, "w", encoding="ascii") as file:
+            file.write(HAPROXY.format(*ports))
+        with subprocess.Popen(["haproxy", "-db", "-f", config], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as proxy:
+            try:
+                answers = putting(ports[0], active.stop)
+            finally:
+                proxy.kill()
+        standby.kill()
+        silent.values.append(max(b - a for (_, a), (_, b) in zip(answers, answers[1:])) * 1000)
+        calm = [end - start for start, end in answers if end < answers[0][0] + QUIET_S]
+        latest.values.append(max(calm) * 1000)
+    return [silent, latest]
+
+
+def serves(node: ServerProcess) -> bool:
+    with contextlib.suppress(OSError):
+        return served(node.ask("GET", "/readyz"), 200, 503).status == 200
+    return False
+
+
+def putting(port: int, act: Callable[[], object]) -> List[Tuple[float, float]]:
+    """Put through the proxy, on four connections, and act in the middle; return when each put
+    that got a 200 began and ended, in the order of their ends."""
+    answers: List[Tuple[float, float]] = []
+    over = threading.Event()
+
+    def put() -> None:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)    # connects again
+        while not over.is_set():
+            start, status = time.monotonic(), 0
+            try:
+                client.request("POST", PATHS["put"], MESSAGE, {"Authorization": f"Bearer {POST}"})
+                with client.getresponse() as answer:
+                    answer.read()
+                    status = answer.status
+            except (OSError, http.client.HTTPException):
+                client.close()
+            if status == 200:
+                answers.append((start, time.monotonic()))
+            time.sleep(0.001)                # a client of many, not a load
+
+    threads = [threading.Thread(target=put) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(QUIET_S + 1)
+    act()
+    acted = time.monotonic()
+    time.sleep(QUIET_S)
+    over.set()
+    for thread in threads:
+        thread.join()
+    if acted > max(answers)[0]:
+        raise Fault("no put was answered behind it")
+    return sorted(answers, key=lambda answer: answer[1])
+
+
 def batch_rows(bench: Bench) -> List[Row]:
     """Messages a second in batches, against one at a time, and taken against put; each round on
     a new folder."""
@@ -1089,7 +1184,7 @@ def exchange(wires: List[Wire], text: bytes, count: int) -> None:
 ROWS: Dict[str, Callable[[Bench], List[Row]]] = {
     "stock": stock_rows, "sync": sync_rows, "group": group_rows, "two": two_queue_rows,
     "redis": redis_rows, "waiting": waiting_rows,
-    "start": start_rows, "batch": batch_rows, "lease": lease_rows,
+    "start": start_rows, "upgrade": upgrade_rows, "batch": batch_rows, "lease": lease_rows,
     "broadcast": broadcast_rows, "consumers": consumer_rows,
     "idlers": idler_rows, "idle": idle_rows, "disk": disk_rows, "cpu": cpu_rows,
     "steady": steady_rows, "compact": compact_rows}
