@@ -140,6 +140,7 @@ MAX_LINES = 10_000               # messages of one NDJSON body: bounds the hold 
 RETRY_AFTER_S = 5                # what 429 and 503 tell the client to wait
 REFUSED_CONNECTIONS = 32         # connections above the limit that are told so at one time
 LOCK_S = 1                       # no lock of a node that hangs is given away sooner
+LET_GO_S = 5                     # what a process that ends may take to close its files
 TAKEOVER_S = 0.1                 # how often a standby tries for the locks
 POLL_S = 1                       # how often the deadlines of connections are looked through
 POLL_EVENTS = 64                 # ready connections of one round
@@ -359,8 +360,9 @@ def parse_config(value: Any) -> Config:
 def _check_keys(value: Any, path: str, known: Collection[str]) -> None:
     _must(isinstance(value, dict), path, "must be a JSON object")
     for key, item in value.items():
-        _must(item is not TWICE, f"{path}.{key}", "stands there twice; remove one")
-        _must(key in known, f"{path}.{key}", f"unknown key; known are {', '.join(sorted(known))}")
+        name = f"{path}.{key}" if key.isprintable() else f"{path}.{json.dumps(key)}"
+        _must(item is not TWICE, name, "stands there twice; remove one")
+        _must(key in known, name, f"unknown key; known are {', '.join(sorted(known))}")
 
 
 def _build(cls: Type[T], value: Any, path: str) -> T:
@@ -728,15 +730,20 @@ def in_use(folder: str) -> StorageError:
     return StorageError(f"{folder} is in use by another micro_queue; stop it first")
 
 
-def lock_file(fd: int, folder: str) -> None:
+def lock_file(fd: int, folder: str, patience_s: float = 0) -> None:
     """Lock a file for the life of its descriptor, and of every other of the file in this process.
-    Raises StorageError at once if another process holds it."""
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise StorageError(f"{folder} cannot be locked: {error.strerror}") from None
-        raise in_use(folder) from None
+    Raises StorageError if another process holds it, and goes on to."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise StorageError(f"{folder} cannot be locked: {error.strerror}") from None
+        if time.monotonic() >= until:
+            raise in_use(folder)
+        time.sleep(PAUSE_S)
 
 
 class DiskFull(Exception):
@@ -801,6 +808,7 @@ class Log:
         self.current = Segment(0, -1)
         self.ready: Optional[Segment] = None             # the next one
         self._unused: List[Segment] = []     # that a start found, and is to remove at its end
+        self._gone: Set[Segment] = set()     # of the log no more, and not closed yet
         self.highest = 0                     # number that any name, mark or segment ever had
         self._is_recovering = True           # a torn tail may be cut off
         self.appends = 0
@@ -895,10 +903,11 @@ class Log:
         for number in () if is_legacy else numbers:
             segment = self.segments[number] = Segment(number, -1)
             segment.fd = self.storage.open(self.file(segment.name), os.O_RDWR)
-            try:
-                lock_file(segment.fd, self.folder)
+            is_empty = os.fstat(segment.fd).st_size <= FIRST
+            try:                             # whoever lets go of our lock lets go of it, too
+                lock_file(segment.fd, self.folder, 0 if is_empty else LET_GO_S)
             except StorageError:             # of one that made it ready without our lock
-                if os.fstat(segment.fd).st_size > FIRST:
+                if not is_empty:
                     raise
                 self.storage.unlink(self.file(segment.name))
                 self.storage.close(self.segments.pop(number).fd)
@@ -1222,8 +1231,9 @@ class Log:
     def forget_ready(self, file: File) -> None:
         """Have another segment made in place of the next one, if that is this one."""
         if self.ready and self.ready is file:
-            self.storage.close(self.ready.fd)
-            self.ready = None
+            fd, self.ready = self.ready.fd, None
+            with contextlib.suppress(OSError):
+                self.storage.close(fd)
 
     def rotate(self, start: Start) -> None:
         """Go on in the segment that is ready, whose first record tells where it begins. Raises
@@ -1250,6 +1260,7 @@ class Log:
         """Take a sealed segment out of the log: nobody reads it from here on but its users."""
         segment = self.segments[number]
         if number:
+            self._gone.add(segment)          # or its lock would outlive a close
             self.segments = {n: s for n, s in self.segments.items() if n != number}
             segment.is_gone = True
         else:                                # its name and its lock stay
@@ -1289,7 +1300,9 @@ class Log:
             close = segment.is_gone and segment.users == 0 and segment.fd >= 0
             fd, segment.fd = segment.fd, -1 if close else segment.fd
         if close:
-            self.storage.close(fd)
+            self._gone.discard(segment)
+            with contextlib.suppress(OSError):           # of a mount that went: the rest fails too
+                self.storage.close(fd)
 
     # -- appending
 
@@ -1395,7 +1408,7 @@ class Log:
             marks.fd = self.storage.open(self.file(META_NAME), os.O_RDWR)
         except FileNotFoundError:
             return None
-        lock_file(marks.fd, self.folder)
+        lock_file(marks.fd, self.folder, LET_GO_S)
         marks.end = os.fstat(marks.fd).st_size
         first = next(self._lines(), b"")
         try:
@@ -1659,6 +1672,7 @@ class Log:
             new.start, new.is_unreadable = segment.start, segment.is_unreadable
             new.synced = new.end
             self.segments[segment.number], segment.is_gone = new, True
+            self._gone.add(segment)
         self.release(segment, 0)             # a backup may read it: its last user closes it
 
     def close(self) -> None:
@@ -1667,10 +1681,10 @@ class Log:
         with self._one_sync, self._commit:
             self._followers.clear()
             files: List[File] = [self.marks, *([self.ready] if self.ready else []), *self._unused,
-                                 *reversed(list(self.segments.values()))]
+                                 *self._gone, *reversed(list(self.segments.values()))]
             for file in files:               # the first segment, whose lock is ours, last
                 file.is_gone = True
-                if file.fd >= 0 and not (file.users and file.name != LOG_NAME):
+                if file.fd >= 0:
                     self.storage.close(file.fd)
                     file.fd = -1
             if self._folder_fd >= 0:
@@ -1692,11 +1706,12 @@ def mount_of(path: str) -> Mount:
     """Return the mount that a path is on; an empty one where nobody tells."""
     real = os.path.realpath(path) + "/"
     found = Mount()
-    with contextlib.suppress(OSError), open(MOUNTS, encoding="utf-8") as file:
-        for line in file:
+    with contextlib.suppress(OSError), open(
+            MOUNTS, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:                    # only blank, tab, LF and backslash are escaped there
             before, _, behind = line.partition(" - ")
-            point, options = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)),
-                                    before.split()[4]), before.split()[5]
+            escaped, options = before.split(" ")[4:6]
+            point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped)
             kind, _, more = behind.split(" ", 2)
             # Of several on one point the last one is seen.
             if real.startswith(point.rstrip("/") + "/") and len(point) >= len(found.point):
@@ -2729,6 +2744,12 @@ class Consumers:
     def ready_count(self) -> int:
         return self.subscription.held_count - len(self.out) - self.entries.delayed
 
+    def is_late(self, now_ms: int) -> bool:
+        """Tell whether more has to expire, or to be read, before it is known what is ready."""
+        id_, subscription = self.first_ready(), self.subscription
+        return now_ms >= self.expiry_ms or (
+            subscription.is_behind and (id_ is None or id_ >= subscription.cursor_id))
+
     def next_ms(self) -> int:
         """Return when time brings something next."""
         return min(self.lease_deadlines.next_ms(), self.waiter_deadlines.next_ms(),
@@ -3094,13 +3115,11 @@ class Queue:
                 delivery = self._take_locked(consumers, wish, now_ms)
                 if delivery:
                     return delivery
-                is_late = now_ms >= consumers.expiry_ms
-                is_full = not is_late and bool(self._look_locked(consumers))
-                is_late = is_late or (not is_full and consumers.subscription.is_behind)
+                is_late = consumers.is_late(now_ms)
                 if waiter and (waiter.wait_s or is_late):
                     self._wait_locked(consumers, waiter, now_ms)
                     return None
-                if is_full:
+                if not is_late and self._next_bytes_locked(consumers):
                     raise no_room()
                 if not is_late:
                     return None
@@ -3131,6 +3150,14 @@ class Queue:
             if message:
                 return [message]
 
+    def _next_bytes_locked(self, consumers: Consumers) -> int:
+        """Return the size of the lowest ready message's record, 0 without one. Reads no entry: a
+        large one that many ask for would keep everybody waiting."""
+        id_ = consumers.first_ready()
+        if id_ is not None and id_ < consumers.subscription.cursor_id:
+            return consumers.entries[id_].size
+        return sum([message.size for message in self._look_locked(consumers)])
+
     def _message_locked(self, consumers: Consumers, id_: int) -> Optional[Message]:
         """Return the message of an entry; if its bytes went bad it is gone, and None. Raises
         ApiError 503."""
@@ -3144,7 +3171,6 @@ class Queue:
         consumers.subscription.drop(id_, id_)
         consumers.out.discard(id_)
         consumers.dying.pop(id_, None)
-        self.state.recount()
         return None
 
     def _take_locked(self, consumers: Consumers, wish: Wish, now_ms: int) -> Optional[Delivery]:
@@ -3152,7 +3178,7 @@ class Queue:
         if now_ms >= consumers.expiry_ms:
             return None
         if self._budget.tight:               # only what does not count
-            if any(len(m.payload) > UNCOUNTED_BYTES for m in self._look_locked(consumers)):
+            if self._next_bytes_locked(consumers) > UNCOUNTED_BYTES + HEAD.size:
                 return None
             wish = wish._replace(max_bytes=UNCOUNTED_BYTES)
         messages, counts = self._choose_locked(consumers, wish)
@@ -3243,7 +3269,7 @@ class Queue:
         waiters = consumers.waiters
         if now_ms >= consumers.expiry_ms:
             self._expire_locked(consumers, now_ms)
-        while waiters and now_ms < consumers.expiry_ms and self._look_locked(consumers):
+        while waiters and now_ms < consumers.expiry_ms and self._next_bytes_locked(consumers):
             waiter = next(iter(waiters.values()))
             is_gone = waiter.is_gone()
             delivery = None if is_gone else self._take_locked(consumers, waiter.wish, now_ms)
@@ -3251,10 +3277,10 @@ class Queue:
                 return False
             self._answers.append((waiter, delivery))
             del waiters[waiter.key]
-        is_late = now_ms >= consumers.expiry_ms or consumers.subscription.is_behind
-        if waiters and is_late:              # read on in the next hold
+        goes_on = bool(waiters) and consumers.is_late(now_ms)
+        if goes_on:                          # in the next hold
             self._wake_locked(now_ms)
-        return not (waiters and is_late)
+        return not goes_on
 
     @turn
     def stop_waiting(self, waiter: Waiter) -> None:
@@ -3392,9 +3418,9 @@ class Queue:
                 self._tick_locked(consumers, now_ms)
             self._match_locked()
             for name, consumers in self._consumers.items():
-                if name not in self._touched or not consumers.subscription.is_behind:
+                if name not in self._touched or not consumers.is_late(now_ms):
                     self._dismiss_locked(consumers, now_ms)
-                next_ms = min(next_ms, consumers.next_ms())
+                    next_ms = min(next_ms, consumers.next_ms())      # else a wake is asked for
             return next_ms - self._epoch_ms
 
     def _tick_locked(self, consumers: Consumers, now_ms: int) -> None:
@@ -3651,18 +3677,26 @@ class Queue:
         for consumers in self._consumers.values():
             subscription = consumers.subscription
             while subscription.cursor < end:
-                with self.lock:
-                    if (self._dead_bytes(segment) < self.state.live[segment.number]
-                            or puts - subscription.passed > PASSED_OVER
-                            or subscription.cursor < segment.base):
-                        return False
-                    for _ in range(AT_ONCE):
-                        message = subscription.at_cursor(MIB)
-                        if message is None or message.offset > end:
-                            break
-                        consumers.note([message.id], 0)      # first: no entry is forgotten
-                        subscription.take_in(message)
+                if not self._pass_some(consumers, segment, puts):
+                    return False
                 yield FREE_WORK_REST_S
+        return True
+
+    @turn
+    def _pass_some(self, consumers: Consumers, segment: Segment, puts: int) -> bool:
+        """Move a cursor on within a segment; return whether it may be."""
+        subscription = consumers.subscription
+        with self.lock:
+            if (self._dead_bytes(segment) < self.state.live[segment.number]
+                    or puts - subscription.passed > PASSED_OVER
+                    or subscription.cursor < segment.base):
+                return False
+            for _ in range(AT_ONCE):
+                message = subscription.at_cursor(MIB)
+                if message is None or message.offset > segment.base | segment.end:
+                    break
+                subscription.take_in(message)
+                consumers.note([message.id], 0)
         return True
 
     def _clean(self, segment: Segment) -> Steps[None]:
@@ -4479,11 +4513,14 @@ def take(call: Call) -> Optional[Answer]:
             raise unready(call.broker.unready)
         return answer_with(queue, delivery)
 
-    waiter = Waiter(call.route.wish, wait_s, call.late(answer), call.is_gone)
+    waiter = Waiter(call.route.wish, wait_s, call.late(answer))
+    if not call.route.wish.peek:             # which loses nothing
+        waiter.is_gone = call.is_gone
     delivery = queue.take(subscriber, call.route.wish, waiter)
     if delivery or not waiter.deadline_ms:
         return answer_with(queue, delivery)
-    call.when_gone(lambda: queue.stop_waiting(waiter))
+    if not call.route.wish.peek:
+        call.when_gone(lambda: queue.stop_waiting(waiter))
     return None
 
 
@@ -5120,7 +5157,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         except Exception:                    # what was taken for it is put back
             self.drop(result)
             raise
-        action = request.action if request.action in ACTIONS else "other"
+        action = request.action if request.action and request.action in ACTIONS else "other"
         self.answered[action, answer.status] += 1
         if self.poll.debug:
             self._log(request, answer)
@@ -5159,7 +5196,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
                      ms=round((time.monotonic() - self._started) * 1000, 3))
 
     def _answer_to(self, error: Exception) -> Answer:
-        if not isinstance(error, (ApiError, DiskFull)):      # nothing that a client can do
+        if not isinstance(error, (ApiError, DiskFull, LogFailed)):       # what no client can do
             log_event.error("request_failed client=%s", self.peer, exc_info=error)
         return error_answer(error)
 
@@ -5369,6 +5406,8 @@ class Poll:
         """Have a connection do something; what goes wrong then ends it, and the others go on."""
         try:
             act(*arguments)
+        except LogFailed:                    # the process is about to end
+            handler.close()
         except Exception:                    # not for anything that a client or a disk can do
             log_event.exception("connection_failed client=%s", handler.peer)
             handler.close()
@@ -5425,6 +5464,8 @@ class Server(http.server.ThreadingHTTPServer):
             while self._drain_until == math.inf or not self._is_drained():
                 try:
                     self.serve_round(poll_interval)
+                except LogFailed:            # the process is about to end
+                    time.sleep(PAUSE_S)
                 except Exception:            # not for anything that a client or a disk can do
                     self.poll.look_again()
                     log_event.exception("serving_failed")

@@ -2570,6 +2570,18 @@ class SegmentTest(Folder):
             self.drop()
             shutil.rmtree(self.folder())
 
+    def test_a_close_lets_go_of_segments_that_are_being_removed(self):
+        queue = self.spread(3)
+        drain(queue)
+        steps = queue._free_dead_segments()
+        next(steps)
+        gone = list(queue.log._gone)
+        steps.close()
+        self.assertTrue(gone and all(segment.fd >= 0 for segment in gone))
+        queue.log.hold(gone[:1])             # a backup that was cut off
+        self.assertTrue(queue.close())
+        self.assertEqual({segment.fd for segment in gone}, {-1})
+
     def test_a_file_is_truncated_in_parts_with_rests(self):
         queue = self.spread(1, size=2000)
         queue.put([b"y"])
@@ -2950,6 +2962,49 @@ class WorstDayTest(Folder):
         clock.passed += 5000
         self.assertIsNone(queue.take())
         self.assertEqual(len(answers), 1)
+
+    def test_who_waits_too_long_while_there_is_no_room_is_told_so(self):
+        clock, budget, answers = FakeClock(), mq.Budget(200_000, 100_000), []
+        queue = self.filled(b"x" * 70_000, b"y" * 70_000, clock=clock, budget=budget)
+        queue.retry(queue.take())            # an entry, so that there is more to be read on
+        budget.hold(150_000)
+        queue.take(waiter=mq.Waiter(mq.ONE, 1, answers.append))
+        clock.passed += 5000
+        queue.tick()
+        self.assertEqual(answers, [None])
+        self.assertGreater(queue.tick(), clock.passed + 1000)    # nothing keeps it busy
+
+    def test_who_comes_late_for_what_expires_is_not_told_that_the_queue_is_empty(self):
+        clock, answers = FakeClock(), []
+        queue = self.open(clock=clock, config=mq.QueueConfig(name="q", ttl=1))
+        for _ in range(5):
+            queue.put([b"old"] * mq.AT_ONCE)
+        clock.passed += 1000
+        queue.put([b"new"])
+        self.assertIsNone(queue.take(waiter=mq.Waiter(mq.ONE, 0, answers.append)))
+        while not answers:
+            queue.tick()
+        self.assertEqual(answers[0].messages[0].payload, b"new")
+
+    def test_a_compaction_without_memory_fails_the_log_and_takes_no_message_twice(self):
+        queue = self.filled(*[b"%d" % number for number in range(10)])
+        for _ in range(6):
+            queue.settle(queue.take())
+        patch = unittest.mock.patch.object(mq.Subscription, "take_in", side_effect=MemoryError)
+        with patch, self.assertRaises(mq.LogFailed):
+            compact(queue)
+        self.assertEqual(payloads(self.crash()), [b"6", b"7", b"8", b"9"])
+
+    def test_what_does_not_fit_is_not_read_for_who_is_refused(self):
+        budget = mq.Budget(200_000, 100_000)
+        queue = self.filled(b"x" * 70_000, budget=budget)
+        queue.retry(queue.take())
+        budget.hold(150_000)
+        with unittest.mock.patch.object(queue.log, "message_at") as read:
+            for wish in (mq.ONE, mq.Wish(peek=True)):
+                with self.assertRaises(mq.ApiError):
+                    queue.take(wish=wish)
+            read.assert_not_called()
 
     def test_an_answer_that_fails_fails_the_log_for_its_message_would_be_out_for_ever(self):
         queue = self.open()
@@ -6950,6 +7005,17 @@ class RoundsTest(Rounds):
         self.round()
         self.assertEqual((wire.answer().body, queue.expired_total), (b"new", 3 * mq.AT_ONCE))
 
+    def test_a_late_peek_of_who_will_send_no_more_is_answered(self):
+        with unittest.mock.patch.object(mq, "MIB", 4096):
+            self.queue.put([b"x" * 30] * 2000, delay_s=60)
+            self.queue.put([b"ready"])
+            wire, = self.pairs(1, request("GET", "/peek/fetcher"))
+            self.round()
+            self.assertEqual(wire.handler.state, mq.LATE)
+            wire.shut()
+            self.until(lambda: self.queue.tick() and wire.handler.state != mq.LATE)
+        self.assertEqual(wire.answer().body, b"ready")
+
     def test_nothing_is_received_while_a_whole_request_stands_unserved(self):
         wire = self.pair()
         wire.socket.setblocking(False)
@@ -8111,6 +8177,10 @@ class StandbyTest(Processes):
                 self.assertEqual(mq.mount_of(self.base).kind, kind)
                 reason = mq.why_no_standby(self.base)
             self.assertEqual(reason is None, fits, (kind, options))
+        with open(self.folder("mounts"), "ab") as file:          # names that are not ours
+            file.write(b"24 22 0:42 / /a\xff\rb\xc2\xa0c rw - ext4 /dev/sdb1 rw\n")
+        with unittest.mock.patch.object(mq, "MOUNTS", self.folder("mounts")):
+            self.assertEqual(mq.mount_of("/").kind, "ext4")
         lost = self.folder("recover_lost_locks")
         for text, fits in (("Y\n", False), ("N\n", True)):
             with open(lost, "w", encoding="ascii") as file:
