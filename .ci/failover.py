@@ -44,14 +44,15 @@ import time
 import traceback
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
-from power_cuts import SMALL, Skipped, need, run
+from power_cuts import SMALL, Skipped, is_stopped, need, run
 from rounds import message, name_of
 from test_micro_queue import (
-    LATE_S, QUEUE, Answer, Client, Fault, Ledger, ServerProcess, Wire, count_faults, eventually)
+    LATE_S, QUEUE, SERVER, Answer, Client, Fault, Ledger, ServerProcess, Wire, count_faults,
+    eventually)
 
 PLAIN = "manager-reload"                     # the queue of plain takes; QUEUE is that of leases
 SHORT, LONG = ("kill", "cut"), 20            # faults of the short mode; rounds of each
-CONTROL = ("pause",)                         # what shows at once that locks are not strict
+CONTROL, TRIES = ("pause",), 5               # what shows that locks are not strict, and how soon
 PRIVATE = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 RUN = "/run"                                 # gets a tmpfs, as `ip netns` has its names there
 FOLDER = os.path.join(RUN, "failover")
@@ -235,8 +236,9 @@ def write(path: str, text: str) -> None:
 class Node:
     """A host with a mount, and with a server on it."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, program: str) -> None:
         self.host, self.address, self.path = host, f"{NETWORK}{NODES[host]}", f"{FOLDER}/{host}"
+        self._program = program
         os.mkdir(self.path)
         self.mount()
 
@@ -261,7 +263,7 @@ class Node:
             self.mount()
         self.server = ServerProcess(
             f"{FOLDER}/server-{self.host}", f"{self.path}/queues", host=self.address,
-            program=(SMALL,), wrapper=on_host(self.host), settings={
+            program=(self._program,), wrapper=on_host(self.host), settings={
                 "standby": True, "fsync": "always", "min_free_bytes": 0,
                 "listen_address": self.address, "listen_port": PORT})
 
@@ -325,16 +327,17 @@ class Load:
     """Clients that work through the proxy until `end`."""
 
     def __init__(self, leased: Ledger, plain: Ledger, numbers: "itertools.count[int]",
-                 found: List[str]) -> None:
+                 found: List[str], consume: bool) -> None:
         self._leased, self._plain, self._numbers, self._found = leased, plain, numbers, found
         self._names = itertools.count()
         self._over, self.freeing = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._last, self._longest = time.monotonic(), 0.0
         self.broken_takes = self.purges = 0
-        works = [(self._produce, QUEUE)] * PRODUCERS + [(self._work, QUEUE)] * WORKERS
-        works += [(self._take, PLAIN)] * TAKERS + [(self._produce_and_purge, PLAIN)]
-        works += [(self._compact, QUEUE)]
+        works = [(self._produce, QUEUE)] * PRODUCERS + [(self._produce_and_purge, PLAIN)]
+        if consume:
+            works += [(self._work, QUEUE)] * WORKERS + [(self._take, PLAIN)] * TAKERS
+            works += [(self._compact, QUEUE)]
         self._threads = [threading.Thread(target=self._keep, args=work, daemon=True)
                          for work in works]
         for thread in self._threads:
@@ -513,8 +516,8 @@ class Watch:
 class Cluster:
     """All parts, and what is known of the messages."""
 
-    def __init__(self, rng: random.Random, strict: bool) -> None:
-        self.rng = rng
+    def __init__(self, rng: random.Random, is_control: bool) -> None:
+        self.rng, self.is_control, strict = rng, is_control, not is_control
         self.numbers = itertools.count()
         self.leased, self.plain = Deliveries(), Deliveries()
         self.found: List[str] = []
@@ -532,7 +535,7 @@ class Cluster:
         self.healer = Daemon("heal", "", "glusterfs", "-N", "--process-name", "glustershd",
                              "--client-pid=-6", "-f", f"{FOLDER}/heal.vol",
                              "-l", f"{FOLDER}/heal.log")
-        self.nodes = [Node(host) for host in NODES]
+        self.nodes = [Node(host, SERVER if is_control else SMALL) for host in NODES]
         os.mkdir(f"{self.nodes[0].path}/queues", 0o700)
         self.proxy = Daemon("haproxy", "", "haproxy", "-db", "-f", f"{FOLDER}/haproxy.cfg")
 
@@ -542,7 +545,8 @@ class Cluster:
         for node in self.nodes:
             node.start()
         self.wait_healthy()
-        self.load = Load(self.leased, self.plain, self.numbers, self.found)
+        self.load = Load(self.leased, self.plain, self.numbers, self.found,
+                         not self.is_control)
         self.watch = Watch(self.nodes, self.leased, self.numbers, self.found)
 
     def active(self) -> Optional[Node]:
@@ -570,7 +574,15 @@ class Cluster:
         status = node.server.process.poll()
         if status not in statuses:
             raise Fault(f"{node} ended with {status}: {node.server.stderr()[-500:]}")
-        node.server.check_log()
+        self._read(node)
+
+    def _read(self, node: Node) -> None:
+        """Look at what a server wrote until it ended."""
+        text = node.server.stderr()
+        if "corrupt_record" in text:
+            self.found.append(f"double write: {node} found what it cannot read: {text[-2000:]}")
+        if "Traceback" in text:
+            self.found.append(f"unexpected: {node}: {text[-2000:]}")
 
     def end_load(self) -> None:
         self.load.end()
@@ -583,8 +595,8 @@ class Cluster:
         """Stop both nodes, then take all that is left; return what went wrong so far."""
         self.end_load()
         for node in reversed(self.nodes):
-            if node.server.stop() != 0:
-                self._ended(node, {0})
+            node.server.stop()
+            self._ended(node, {0})
         node = self.nodes[0]
         node.start()
         node.server.wait_ready()
@@ -594,6 +606,7 @@ class Cluster:
                 wire.take = lambda query="", queue=queue, take=wire.take: take(query, queue)
                 Client(wire, ledger, key=name_of).drain()
         node.server.stop()
+        self._ended(node, {0})
         unseen = [line for line in self.plain.faults() if line.startswith("lost")]
         if len(unseen) > self.broken_takes:
             self.found += unseen
@@ -641,15 +654,17 @@ def hang(cluster: Cluster, active: Node, standby: Node) -> Statuses:
 
 def pause(cluster: Cluster, active: Node, standby: Node) -> Statuses:
     """The host stops, as a virtual machine does, and wakes up when another one serves."""
+    active.server.process.send_signal(signal.SIGSTOP)
+    if cluster.rng.random() < 0.5 or cluster.is_control:     # else in the midst of a write
+        eventually(lambda: is_stopped(active.server.pid), what="the server did not stop")
     active.link("down")
-    for process in (active.server.process, active.mounted.process):
-        process.send_signal(signal.SIGSTOP)
+    active.mounted.process.send_signal(signal.SIGSTOP)
     eventually(lambda: (standby.ready() or "").startswith("ready"), HEALTHY_S,
                "the other node did not take over", 0.02)
     time.sleep(cluster.rng.uniform(0, 1))
     active.link("up")
     active.mounted.process.send_signal(signal.SIGCONT)
-    time.sleep(cluster.rng.choice((0, 1, LOCK_S)))       # until it has a connection again
+    time.sleep(LOCK_S if cluster.is_control else cluster.rng.choice((0, 1, LOCK_S)))
     active.server.process.send_signal(signal.SIGCONT)
     end(active)
     return {active: {4}}
@@ -743,13 +758,15 @@ def play(cluster: Cluster, rounds: Dict[str, int]) -> List[str]:
         try:
             for _ in range(count):
                 times_s.append(cluster.round(name))
+                if cluster.found or cluster.watch.faults():
+                    break
         except (Fault, OSError) as error:
             cluster.found.append(f"unexpected: {name}: {error}")
         if times_s:
             print(f"  {name:8} {len(times_s):3} times; nobody answered for "
                   f"{statistics.median(times_s):6.2f} s (median), {max(times_s):6.2f} s (longest);"
                   f" two said ready for {cluster.watch.both_ready_s:.2f} s", flush=True)
-        if cluster.found:
+        if cluster.found or cluster.watch.faults():
             cluster.end_load()
             return cluster.found + cluster.leased.faults(False) + cluster.plain.faults(False)
     return cluster.drain()
@@ -760,8 +777,8 @@ def inside(options: argparse.Namespace) -> int:
     run("mount", "-t", "tmpfs", "tmpfs", RUN)
     os.mkdir(FOLDER)
     names = options.fault or (FAULTS if options.long else CONTROL if options.control else SHORT)
-    count = options.rounds or (LONG if options.long else 1)
-    cluster = Cluster(random.Random(options.seed), strict=not options.control)
+    count = options.rounds or (LONG if options.long else TRIES if options.control else 1)
+    cluster = Cluster(random.Random(options.seed), options.control)
     try:
         found = play(cluster, dict.fromkeys(names, count))
     except (Fault, OSError):
