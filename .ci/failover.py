@@ -293,7 +293,8 @@ class Series:
         self.cluster, self.rng, self._kind, self._name = cluster, rng, FAULTS[name], name
         self.found: List[str] = []
         self._leased, self._plain = Deliveries(), Deliveries()
-        self._unseen, self._times_s = 0, [0.0]
+        self._unseen = 0
+        self._times_s: List[float] = []          # for how long nobody answered, in each round
         for node in cluster.nodes:
             node.start()
         self._wait_healthy({})
@@ -303,8 +304,8 @@ class Series:
     def run(self, rounds: int) -> List[str]:
         """Return what went wrong."""
         try:
-            self._times_s = [self._round() for _ in range(rounds)
-                             if not self.found and not self._watch.faults()]
+            while len(self._times_s) < rounds and not (self.found or self._watch.faults()):
+                self._times_s.append(self._round())
         except (Fault, OSError) as error:
             self.found.append(f"unexpected: {error}")
         self.load.end()
@@ -386,10 +387,10 @@ class Series:
             raise Fault(f"{node} goes on without a lock")
 
     def __str__(self) -> str:
-        ledgers = self._leased, self._plain
+        ledgers, times_s = (self._leased, self._plain), self._times_s or [0.0]
         return (f"{self._name}: {len(self._times_s)} times, {self._watch.takeovers} took over; "
-                f"nobody answered for {statistics.median(self._times_s):.2f} s (median), "
-                f"{max(self._times_s):.2f} s (longest); two were ready for "
+                f"nobody answered for {statistics.median(times_s):.2f} s (median), "
+                f"{max(times_s):.2f} s (longest); two were ready for "
                 f"{self._watch.both_ready_s:.2f} s; "
                 f"{sum(ledger.answered_count for ledger in ledgers)} answered, "
                 f"{sum(ledger.repeated for ledger in ledgers)} came again, {self._unseen} went "
