@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Two nodes on a replicated file system: break one, and prove that the other loses nothing.
 
-    python3 .ci/failover.py                          # two faults, for CI: half a minute
+    python3 .ci/failover.py                          # two faults, for CI: some seconds
     python3 .ci/failover.py --fault cut --rounds 5 --seed 7
-    python3 .ci/failover.py --long                   # 20 rounds of every fault, half an hour
+    python3 .ci/failover.py --long                   # 20 rounds of every fault: 15 minutes
     python3 .ci/failover.py --control                # locks that are not strict: must go wrong
     python3 .ci/failover.py --nfs                    # the same on NFSv4: says what is missing
 
