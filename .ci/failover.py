@@ -303,17 +303,15 @@ class Series:
 
     def run(self, rounds: int) -> List[str]:
         """Return what went wrong."""
+        is_drained = False
         try:
             while len(self._times_s) < rounds and not (self.found or self._watch.faults()):
                 self._times_s.append(self._round())
+            self._end()
+            is_drained = not self.found and self._drain()
         except (Fault, OSError) as error:
             self.found.append(f"unexpected: {error}")
-        self.load.end()
-        self._watch.end()
-        self.found += self._watch.faults()
-        is_drained = not self.found
-        if is_drained:
-            self._drain()
+            self._end()
         plain = self._plain.faults(is_drained)
         unseen = [line for line in plain if line.startswith("lost")]
         if len(unseen) <= self.load.broken_takes:    # each may have had one
@@ -358,8 +356,13 @@ class Series:
         if "corrupt_record" in text:
             self.found.append(f"double write: {node} found what it cannot read: {text[-2000:]}")
 
-    def _drain(self) -> None:
-        """Stop both nodes, start one, take all that is left."""
+    def _end(self) -> None:
+        self.load.end()
+        self._watch.end()
+        self.found += [line for line in self._watch.faults() if line not in self.found]
+
+    def _drain(self) -> bool:
+        """Stop both nodes, start one, take all that is left. Return that this is done."""
         first, second = self.cluster.nodes
         self._stop(second)
         self._stop(first)
@@ -370,6 +373,7 @@ class Series:
             with first.server.wire() as wire:
                 self._take_all(wire, queue, ledger)
         self._stop(first)
+        return True
 
     def _stop(self, node: Node) -> None:
         node.server.stop()
@@ -518,9 +522,12 @@ def inside(options: argparse.Namespace) -> int:
     cluster, numbers, found = Cluster(options.control), itertools.count(), []
     for name in names:
         rng = random.Random(f"{options.seed}-{name}")
-        series = Series(cluster, name, rng, numbers)
-        found = series.run(rounds)
-        print(f"  {series}", flush=True)
+        try:
+            series = Series(cluster, name, rng, numbers)
+            found = series.run(rounds)
+            print(f"  {series}", flush=True)
+        except (Fault, OSError) as error:
+            found = [f"unexpected: {name}: {error}"]
         if found:
             break
     for line in found[:SHOWN_FAULTS]:
