@@ -4,7 +4,7 @@
     python3 .ci/failover.py                          # two faults, for CI: some seconds
     python3 .ci/failover.py --fault cut --rounds 5 --seed 7
     python3 .ci/failover.py --long                   # 20 rounds of every fault: 15 minutes
-    python3 .ci/failover.py --control                # locks that are not strict: must go wrong
+    python3 .ci/failover.py --control                # no strict locks, no proofs: must go wrong
     python3 .ci/failover.py --nfs                    # the same on NFSv4: says what is missing
 
 All parts are real: three GlusterFS bricks that replicate, each on a host of its own; two nodes
@@ -327,6 +327,8 @@ class Series:
         time.sleep(self.rng.uniform(0.2, 0.8))
         self.load.longest_s()
         self._kind.happen(self, active, standby)
+        if self._watch.faults():
+            return self.load.longest_s()
         self._wait_healthy({active: self._kind.active, standby: self._kind.standby})
         healthy = time.monotonic()
         eventually(lambda: self.load.last_answer > healthy, HEALTHY_S, "nobody answers")
@@ -388,9 +390,9 @@ class Series:
             ledger.delivered("drain", name_of(answer.body), answer.id, answer.count)
 
     def wait_end(self, node: Node) -> None:
-        """What has lost its locks must end by itself."""
-        if node.server.wait_end(HEALTHY_S) is None:
-            raise Fault(f"{node} goes on without a lock")
+        """What has lost its locks must end by itself, before it answers a put."""
+        eventually(lambda: node.server.process.poll() is not None or self._watch.faults(),
+                   HEALTHY_S, f"{node} lost its locks and did not end", pause_s=0.02)
 
     def __str__(self) -> str:
         ledgers, times_s = (self._leased, self._plain), self._times_s or [0.0]
@@ -530,7 +532,7 @@ def inside(options: argparse.Namespace) -> int:
             found = [f"unexpected: {name}: {error}"]
         if found:
             break
-    for line in found[:SHOWN_FAULTS]:
+    for line in found[:1 if options.control else SHOWN_FAULTS]:
         print(f"    {line}")
     if options.control:
         is_found = any(line.startswith(("lost", "double write")) for line in found)
