@@ -2571,10 +2571,12 @@ class SegmentTest(Folder):
             shutil.rmtree(self.folder())
 
     def test_a_close_lets_go_of_segments_that_are_being_removed(self):
-        queue = self.spread(3)
-        drain(queue)
+        queue = self.spread(5)
+        for _ in range(5):
+            queue.settle(queue.take())
         steps = queue._free_dead_segments()
-        next(steps)
+        while not queue.log._gone:
+            next(steps)
         gone = list(queue.log._gone)
         steps.close()
         self.assertTrue(gone and all(segment.fd >= 0 for segment in gone))
@@ -2994,6 +2996,14 @@ class WorstDayTest(Folder):
         with patch, self.assertRaises(mq.LogFailed):
             compact(queue)
         self.assertEqual(payloads(self.crash()), [b"6", b"7", b"8", b"9"])
+
+    def test_a_take_reads_on_behind_what_is_delayed_until_it_knows(self):
+        with unittest.mock.patch.object(mq, "MIB", 4096):
+            queue = self.filled()
+            queue.put([b"x" * 30] * 2000, delay_s=60)
+            queue.put([b"ready"])
+            self.assertEqual(queue.take().messages[0].payload, b"ready")
+            self.assertIsNone(queue.take())
 
     def test_what_does_not_fit_is_not_read_for_who_is_refused(self):
         budget = mq.Budget(200_000, 100_000)

@@ -24,7 +24,7 @@ import tokenize
 from typing import Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Tuple, Union
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MOST = 4790                      # each line here is one too many for who reads it at night
+MOST = 4800                      # each line here is one too many for who reads it at night
 LONGEST = 40                     # lines of a function: what a screen shows at once
 OURS = ("self", "cls")           # whose private names one may touch
 PUBLIC = ("_replace", "_asdict", "_fields", "_exit")     # of named tuples and os: API all the same
