@@ -88,7 +88,7 @@ if __name__ == "__main__":
     sys.modules["ssl"] = None  # type: ignore[assignment]
 import http.server  # noqa: E402
 
-__version__ = "3.0.0"
+__version__ = "3.1.0"
 
 # ---- Constants and errors -----------------------------------------------------------------
 # Sizes with their reason, and the errors that cross section borders.
