@@ -204,7 +204,12 @@ class Worker:
 
     def lose_files(self, *names: str) -> None:
         """Take files away from the queue; `judge` brings back what it did not write again."""
-        for name in names or os.listdir(self.folder):
+        if not names:
+            try:
+                names = tuple(os.listdir(self.folder))
+            except OSError:                  # the injected error was for this call
+                names = tuple(os.listdir(self.folder))
+        for name in names:
             with contextlib.suppress(OSError):           # missing, or the call that fails here
                 os.replace(os.path.join(self.folder, name), self.folder + ".lost-" + name)
 
