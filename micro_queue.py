@@ -5426,6 +5426,7 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = 1024
+    _ending = threading.Lock()
 
     def __init__(self, broker: Broker) -> None:
         settings = broker.config.settings
@@ -5536,9 +5537,10 @@ class Server(http.server.ThreadingHTTPServer):
             event(logging.WARNING, "requests_cut_off")
         return late or not any(handler.busy for handler in self.poll.handlers.values())
 
-    @staticmethod
-    def storage_failed(failure: LogFailed) -> NoReturn:
+    @classmethod
+    def storage_failed(cls, failure: LogFailed) -> NoReturn:
         """End the process at once: what the disk holds is no longer known."""
+        cls._ending.acquire()                # who comes second waits for the end
         event(logging.CRITICAL, "storage_failed", error=failure)
         logging.shutdown()
         os._exit(4)
