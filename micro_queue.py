@@ -793,7 +793,8 @@ class Log:
     1. `tail` is the offset behind the last record. Nothing is ever written below it, nor into
        any segment but `current`: what is not current is never written again.
     2. `appends` and `durable` count appends and only grow; `durable <= appends`.
-    3. Only what `_one_sync` is held for syncs a file; a descriptor is closed by its last user.
+    3. Only what `_one_sync` is held for syncs a file; a descriptor is closed by its last user, or
+       with the log.
     4. Once `failure` is set nothing is written, synced or answered any more. `on_failure` is
        called by whichever thread meets it first; it does not return in a server.
     """
@@ -2829,7 +2830,7 @@ class Queue:
                  call_upkeep: Callable[[], None] = lambda: None) -> None:
         self.config, self.subscribers = config, subscribers
         self._wake_at = wake_at              # is told when (monotonic ms) to call `tick`
-        self._call_upkeep = call_upkeep      # is told when there is something for it to do now
+        self._call_upkeep = call_upkeep      # is told when the next segment is to be made ready
         self._lead = lead                    # has a log's `lead` called
         self._staging = staging              # queues to flush; None: each call writes at once
         self.space, self._budget = space or Space(folder, 0), budget or Budget()
@@ -2983,8 +2984,7 @@ class Queue:
                 self.state.apply_mark(mark)
             then()
         if marks and not self.log.mark(marks, apply):
-            self.owed += 1
-            self._call_upkeep()
+            self.owed += 1                   # upkeep sees to it within a second
 
     # -- putting
 
@@ -3395,7 +3395,6 @@ class Queue:
             state, count = self.state, self.state.held_count
             self._mark_locked([Mark(POSITION, name, state.next_id, state.next_id, self.log.tail)
                                for name in self._consumers], self._forget_locked)
-            self._call_upkeep()
             return count
 
     def _forget_locked(self) -> None:
@@ -3909,8 +3908,8 @@ class Broker:
         for queue in self.queues.values():
             try:
                 queue.recover()
-            except (DiskFull, MemoryError) as error:
-                what = "memory" if isinstance(error, MemoryError) else "space"
+            except (DiskFull, MemoryError, ApiError) as error:
+                what = "space" if isinstance(error, DiskFull) else "memory"
                 raise StorageError(f"{queue.log.folder}: no {what} to start with") from None
         for thread in self._threads:
             thread.start()
@@ -5574,7 +5573,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(f"{arguments.config} is good")
             return 0
         return run(config)
-    except (ConfigError, OSError, StorageError, CompactionFailed, ApiError, LogFailed) as error:
+    except (ConfigError, OSError, StorageError, LogFailed) as error:
         text = str(error)
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             text = f"{error.strerror}: raise their limit (ulimit -n, LimitNOFILE in systemd)"
