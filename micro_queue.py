@@ -4677,7 +4677,7 @@ PROBES = ("healthz", "readyz")   # not logged while they succeed
 
 # -- from a head to its action
 
-def lead(call: Call, head: bytes, routes: Dict[bytes, Route]) -> None:
+def give_route(call: Call, head: bytes, routes: Dict[bytes, Route]) -> None:
     """Give a call its route, which its head tells; `routes` are those of earlier heads, by their
     sha256, so that no token is kept. Raises ApiError; one that does not close refuses a request
     that is understood."""
@@ -5026,7 +5026,7 @@ class Handler(Call, http.server.BaseHTTPRequestHandler):
         self._at, self._checked = end + 4, 0
         self.poll.share -= SHARE_BYTES // SHARE_REQUESTS
         self._started = self.poll.now
-        lead(self, data[start:end], self.poll.routes)
+        give_route(self, data[start:end], self.poll.routes)
         length = self.route.request.length
         if length is None or length > len(data) - self._at:
             self._body = self._receive_body(length)
